@@ -257,7 +257,8 @@ def with_hosts(root: Path, at: Layout, *command: str) -> list[str]:
 def daemon_commands(root: Path) -> dict[str, list[str]]:
     """The commands that start munged and mariadbd, and the one that creates mariadbd's data folder."""
     conf, run, db = root / "conf", root / "run", root / "db"
-    fast = ["--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0"]
+    # mariadbd deletes all temporary tables in its tmpdir when it starts, also those of another testbed.
+    common = [f"--tmpdir={db}", "--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0"]
     return {
         "munged": [
             *("munged", "--foreground", "--force", f"--key-file={conf}/munge.key", f"--socket={run}/munge.sock"),
@@ -265,13 +266,13 @@ def daemon_commands(root: Path) -> dict[str, list[str]]:
         ],
         "mariadb-install-db": [
             *("mariadb-install-db", "--no-defaults", "--user=root", "--basedir=/usr", f"--datadir={db}/data"),
-            *("--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve", *fast),
+            *("--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve", *common),
         ],
         "mariadbd": [
             *("mariadbd", "--no-defaults", "--user=root", "--basedir=/usr", f"--datadir={db}/data", f"--socket={db}/sock"),
             *(f"--pid-file={db}/pid", "--skip-networking", "--skip-grant-tables", f"--init-file={db}/init.sql"),
             *("--innodb-lock-wait-timeout=900", "--innodb-buffer-pool-size=64M", "--performance-schema=OFF"),
-            *("--skip-log-bin", *fast),
+            *("--skip-log-bin", *common),
         ],
     }
 

@@ -32,7 +32,7 @@ def hold_export(folder: Path, step: int, dtype: str) -> None:
     """Create the record of an export written two hours ago."""
     folder.mkdir()
     json_records.write(folder / EXPORT_RECORD, ExportRecord(step, "d", dtype))
-    os.utime(folder / EXPORT_RECORD, (time.time() - 7200,) * 2)
+    os.utime(folder / EXPORT_RECORD, (time.time() - 7230,) * 2)
 
 
 def test_another_type_or_an_earlier_step_is_refused_with_what_the_folder_holds(

@@ -112,7 +112,7 @@ def test_its_settings_are_printed_as_a_file_that_plans_the_same(
     planned = launch_here("plan", "again.yaml", "--json", cwd=tmp_path)
     require_exit(planned)
     again, before = json.loads(planned.stdout), json.loads((run / "plan.json").read_text())
-    assert len(printed.stdout.splitlines()) < 40
+    assert "weight_decay" not in printed.stdout  # it has its default
     for part in ("config", "topology", "batch", "deepspeed", "memory", "limits", "run_dir"):
         assert again[part] == before[part]
 

@@ -19,7 +19,7 @@ says "all-reduce"
 step "data" python -m launcher data chats.yaml --show 2 --html data.html
 says "20,000"
 step "an experiment" launcher config experiment=llama3_8b_one_node data.path=chats.jsonl
-says "model: llama3_1_8b"
+says "name: llama3_1_8b"
 step "plan" python -m launcher plan chats.yaml
 says "chats.yaml"
 step "train" python -m launcher chats.yaml run.name=first
