@@ -1,18 +1,16 @@
-"""Write docs/settings.md from the schema and the files under conf/, and the keys that shells complete.
+"""Write docs/settings.md from the schema and the files under conf/.
 
-python docs/settings_page.py            write both files
-python docs/settings_page.py --check    exit 1 if one is outdated
+python docs/settings_page.py            write it
+python docs/settings_page.py --check    exit 1 if it is outdated
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from launcher.cli.completion import KEYS
 from launcher.config.command_line import GROUPS, conf_dir
 from launcher.config.schema import RunConfig, Setting, sections_of, settings, settings_of
 
@@ -65,18 +63,6 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def list_keys() -> str:
-    """Return a line for each setting that a command line can set: its key, and the values of a choice."""
-    lines = []
-    for key, setting in settings().items():
-        if "[]" not in key and "." in key:
-            # A type may list its values, such as `bf16 | fp16 | fp32`.
-            names = setting.type.removesuffix(" or null").split(" | ")
-            values = [name for name in names if re.fullmatch(r"[\w-]+", name)] if len(names) > 1 else []
-            lines.append(" ".join([key, *values, *(["null"] if setting.type.endswith(" or null") else [])]))
-    return "\n".join([*lines, ""])
-
-
 def _render_table(rows: Iterable[Setting]) -> str:
     lines = ["| key | type | default | meaning |\n|---|---|---|---|"]
     for row in rows:
@@ -98,19 +84,16 @@ def about_file(file: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check the files; return the exit code."""
-    parser = argparse.ArgumentParser(description="Write or check docs/settings.md and the keys that shells complete.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is outdated")
+    """Write or check the page; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write or check docs/settings.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
     checks = parser.parse_args(argv).check
-    outdated = []
-    for file, content in ((PAGE, render()), (KEYS, list_keys())):
-        if not checks:
-            file.write_text(content, encoding="utf-8")
-        elif not file.is_file() or file.read_text(encoding="utf-8") != content:
-            outdated.append(file.name)
-    if outdated:
-        print(f"{' and '.join(outdated)}: not what the settings say; write it with: make settings", file=sys.stderr)
-    return 1 if outdated else 0
+    if not checks:
+        PAGE.write_text(render(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != render():
+        print(f"{PAGE.name}: not what the settings say; write it with: make settings", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

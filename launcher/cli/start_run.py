@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from launcher import facts
 from launcher.cli.accounts import check_wandb
@@ -23,7 +19,7 @@ from launcher.clusters.preflight import check_startable, folder_problem
 from launcher.config.compose import Composed
 from launcher.config.schema import RunConfig
 from launcher.data.checks import findings
-from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, describe
+from launcher.errors import ConfigError, DataError, Problem, RunError, describe
 from launcher.models import stored_checks
 from launcher.models.found_model import FoundModel, find_model
 from launcher.plan.flops import FAMILIES, missing_sizes
@@ -31,25 +27,16 @@ from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
-from launcher.plan.throughput import MeasuredMfu, SpeedEstimate, estimate_speed, peak_tflops
+from launcher.plan.throughput import SpeedEstimate, estimate_speed
 from launcher.runs import run_store
 from launcher.runs.run_records import Attempt
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.goodput import largest_usd
-from launcher.tracking.run_metrics import read_tail
 
 _LABEL_COLUMNS = 11
 # Ten times the duration on an idle machine.
 _ISOLATION_CHECK_S = 150.0
-# The number of newest runs to read for an MFU, and the fewest steps, after the first, that count as a measurement.
-_NUM_RUNS, _FEWEST_STEPS = 50, 5
-# A run's metrics do not name its GPU, but contain the peak FLOP/s with which they were computed.
-_SAME_PEAK = 0.005
-_ARCHITECTURE = (
-    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-    *("intermediate_size", "vocab_size", "tie_word_embeddings"),
-)
 
 
 def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
@@ -188,7 +175,7 @@ def location_warning(plan: LaunchPlan) -> str | None:
 def estimate_run_speed(plan: LaunchPlan, node: Callable[[], DeviceFacts]) -> SpeedEstimate:
     """Estimate the speed of a run on the GPUs in its settings, or else on a node's GPUs."""
     gpu = plan.config.cluster.gpu_type or (node().name if plan.topology.device == "cuda" else "")
-    return estimate_speed(plan, gpu, find_measured_mfu(plan, gpu))
+    return estimate_speed(plan, gpu)
 
 
 def device_note(plan: LaunchPlan, cluster: Cluster) -> str | None:
@@ -247,41 +234,3 @@ def plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[st
         collected = collected.model_copy(update={"provenance": provenance})
         plan = make_plan(config, collected)
     return plan
-
-
-def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
-    """Return the MFU of the newest run beside this one with the same model, dtype, offload and peak FLOP/s, or None."""
-    peak = peak_tflops(plan, gpu)
-    if plan.topology.device != "cuda" or peak is None:
-        return None
-    wanted = _training_settings(plan.model_dump(mode="json", include={"model", "config"}))
-    for run in islice(filter(_is_trusted, run_store.list_runs(Path(plan.run_dir).parent)), _NUM_RUNS):
-        try:
-            values = run_store.read_plan_values(run.plan)
-            if _training_settings(values) != wanted:
-                continue
-            num_ranks, name = int(values["topology"]["world_size"]), str(values["run_name"])
-            steps = [step for step in read_tail(run.metrics).recent if step["trainer/step"] > 1]
-            measured = [(mfu, step["perf/tflops_per_gpu"] / mfu) for step in steps if (mfu := step.get("perf/mfu"))]
-            rates = [mfu for mfu, own_peak in measured if math.isclose(own_peak, peak, rel_tol=_SAME_PEAK)]
-        except (LauncherError, OSError, KeyError, TypeError, ValueError):
-            continue
-        if len(rates) >= _FEWEST_STEPS:
-            return MeasuredMfu(name, num_ranks, min(rates), max(rates))
-    return None
-
-
-def _is_trusted(run: RunDir) -> bool:
-    """Return whether a run belongs to this or a trusted user: other users' files may be endless and their numbers misleading."""
-    with suppress(OSError):
-        return folders.accepts_owner(run.root.stat().st_uid)
-    return False
-
-
-def _training_settings(values: dict[str, Any]) -> list[Any]:
-    """Return the values in a plan's JSON that determine the MFU."""
-    model, config = values["model"], values["config"]
-    deepspeed = [config["deepspeed"][key] for key in ("offload_optimizer", "offload_params")]
-    layers = config["model"]["activation_checkpointing"]
-    settings = [config["model"]["dtype"], {True: "all", False: "none"}.get(layers, layers)]
-    return [model["config"].get("model_type"), *(model[key] for key in _ARCHITECTURE), *settings, *deepspeed]

@@ -1,4 +1,4 @@
-"""The table of verbs. Parsers, help, suggestions and shell completion are made from it; it imports nothing that loads slowly."""
+"""The table of verbs. Parsers, help and suggestions are made from it; it imports nothing that loads slowly."""
 
 from __future__ import annotations
 
@@ -236,9 +236,6 @@ TABLE = (
     Verb("schema", "Set up", "config:print_schema", "",
          "Print the JSON Schema of a run's file, for editors. Save it and begin the file with "
          "`# yaml-language-server: $schema=PATH`: the editor then completes settings and shows their descriptions."),
-    Verb("completion", "Set up", "completion:print_script", "bash|zsh|fish",
-         "Print the script with which a shell completes commands, group options, settings, flags and names of runs.",
-         (_arg("shell", "the shell that reads the script", choices=("bash", "zsh", "fish")),)),
 
     Verb("ls", "Watch", "status:list_runs", "[FOLDER|URL]",
          "List the runs under ./runs, newest first, or those in a mirror.",
@@ -408,7 +405,7 @@ def find_verb(name: str, words: Sequence[str]) -> Verb:
 
 
 def flags_of(name: str) -> list[str]:
-    """Return all long flags of a verb, for suggestions and completion."""
+    """Return all long flags of a verb, for suggestions."""
     own = (flag for verb in rows_of(name) for argument in verb.arguments for flag in argument.names if flag.startswith("--"))
     return list(dict.fromkeys([*own, *_FLAGS_EVERYWHERE]))
 

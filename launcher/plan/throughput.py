@@ -1,4 +1,4 @@
-"""Expected tokens per second, hours and cost of a run, as ranges: from the MFU of an earlier run, or from published runs. Pure.
+"""Expected tokens per second, hours and cost of a run, as ranges, from the MFU of published runs. Pure.
 
 Published MFU: the bf16 tables of scripts/train/benchmarking/README.md in mosaicml/llm-foundry (22 April 2024), with rows of 1,024
 to 8,192 tokens, on 8 to 512 GPUs, FSDP with FlashAttention, for dense models of 125 million to 70 billion parameters. That page
@@ -23,7 +23,6 @@ from launcher.plan.architecture import experts_of
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS, recognize
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.quantities import format_count
 
 ZERO3_SHARE = 0.7
 # From FULL_TOKENS per micro-batch, the published MFU is used as it is. Below MIN_TOKENS there is no estimate.
@@ -58,16 +57,6 @@ _PUBLISHED: dict[str, tuple[tuple[float, float] | None, ...]] = {
 
 
 @dataclass(frozen=True)
-class MeasuredMfu:
-    """MFU of the last steps of an earlier run of the same model on the same kind of GPU: the lowest and the highest."""
-
-    run_name: str
-    num_ranks: int
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class SpeedEstimate:
     """The expected numbers of a run, each as (lowest, highest); None if unknown.
 
@@ -88,10 +77,10 @@ def peak_tflops(plan: LaunchPlan, gpu: str) -> float | None:
     return None if key is None or dtype == "auto" else GPUS[key].peak_tflops(dtype)
 
 
-def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> SpeedEstimate:
+def estimate_speed(plan: LaunchPlan, gpu: str) -> SpeedEstimate:
     """Estimate the training steps of a run, without evaluation, checkpoints and start-up.
 
-    `gpu` is the name of the run's GPUs, `measured` the MFU of an earlier run.
+    `gpu` is the name of the run's GPUs.
     """
     if plan.topology.device != "cuda":
         return SpeedEstimate("the run is planned for CPUs, for which no MFU is published")
@@ -109,26 +98,19 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         flops_per_token = flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
     tokens_per_step = plan.batch.expected_tokens
     micro_batch_tokens = tokens_per_step / (plan.batch.accumulation * plan.topology.data_ranks)
-    # Measurements on several nodes already include their network.
-    adds_network = plan.topology.nodes > 1
-    if measured is not None:
-        low, high = measured.low, measured.high
-        basis = f"measured in run {measured.run_name} on {format_count(measured.num_ranks, 'rank')}"
-        adds_network &= measured.num_ranks <= plan.topology.ranks_per_node
-    elif micro_batch_tokens < MIN_TOKENS:
+    if micro_batch_tokens < MIN_TOKENS:
         few = f"a micro-batch has {micro_batch_tokens:,.0f} tokens, and below {MIN_TOKENS:,} no MFU is published"
         return SpeedEstimate(f"{few}: raise train.micro_batch_size or data.max_length, or use fewer GPUs")
-    else:
-        published = _find_published_mfu(plan, gpu)
-        if isinstance(published, str):
-            return SpeedEstimate(f"{published}; a run of this model gives one to later plans")
-        low, high = ZERO3_SHARE * published[0], published[1]
-        basis = f"{_SOURCE}, the low end scaled by {ZERO3_SHARE:g} for ZeRO-3"
-        if micro_batch_tokens < FULL_TOKENS:
-            share = micro_batch_tokens / FULL_TOKENS
-            low *= share
-            basis += f" and by {share:.2g} for micro-batches of {micro_batch_tokens:,.0f} tokens"
-    if adds_network:
+    published = _find_published_mfu(plan, gpu)
+    if isinstance(published, str):
+        return SpeedEstimate(published)
+    low, high = ZERO3_SHARE * published[0], published[1]
+    basis = f"{_SOURCE}, the low end scaled by {ZERO3_SHARE:g} for ZeRO-3"
+    if micro_batch_tokens < FULL_TOKENS:
+        share = micro_batch_tokens / FULL_TOKENS
+        low *= share
+        basis += f" and by {share:.2g} for micro-batches of {micro_batch_tokens:,.0f} tokens"
+    if plan.topology.nodes > 1:
         # The traffic between nodes adds its whole time to each micro-batch.
         nodes = plan.topology.nodes
         num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes

@@ -1,14 +1,10 @@
-"""The command line in separate processes in which importing a heavy package fails.
-
-Shell completion in a real bash, and its speed without heavy imports.
-"""
+"""The command line in separate processes in which importing a heavy package fails."""
 
 from __future__ import annotations
 
 import json
 import os
 import runpy
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,8 +16,6 @@ import pytest
 from forked import Launch, preloaded, require_exit
 
 from launcher import __version__
-from launcher.cli import completion
-from launcher.cli.completion import WORDS_VARIABLE, complete
 from launcher.cli.main import main
 from launcher.cli.verbs import VERBS
 from launcher.plan.launch_plan import LaunchPlan
@@ -298,119 +292,3 @@ def test_an_older_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         runpy.run_module("launcher", run_name="__main__")
     assert refusal.value.code == 2
     assert capsys.readouterr().err.startswith("Python 3.11 or newer is needed")
-
-
-# Simulates TAB: the shell sets COMP_LINE and COMP_POINT, calls the function and reads COMPREPLY.
-PRESS_TAB = """\
-eval "$(launcher completion bash)"
-COMP_LINE={line}; COMP_POINT=${{#COMP_LINE}}
-compopt() {{ printf 'compopt %s\n' "$2" >&2; }}
-_launcher_complete
-printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
-
-
-@pytest.fixture(scope="module")
-def env(launcher_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment with a `launcher` command."""
-    folder = tmp_path_factory.mktemp("completion")
-    command = folder / "launcher"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
-    command.chmod(0o755)
-    return {**launcher_env, "PATH": f"{folder}:{os.environ['PATH']}"}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with two runs, a folder whose name is unsafe in a shell, and a folder that is no run."""
-    for name in ("first-run", "second-run", "$(touch planted)", "no-run"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        if name != "no-run":
-            (tmp_path / "runs" / name / "plan.json").write_text("{}")
-    return tmp_path
-
-
-def tab(line: str, env: dict[str, str], folder: Path) -> tuple[list[str], str]:
-    """Return the completions offered to bash at the end of `line`, and the arguments passed to compopt."""
-    script = PRESS_TAB.format(line=shlex.quote(line))
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=folder, timeout=180)
-    require_exit(done)
-    return done.stdout.split(), done.stderr
-
-
-@pytest.mark.rest
-def test_a_tab_in_bash(env: dict[str, str], folder: Path) -> None:
-    assert tab("launcher ", env, folder) == (sorted(VERBS), "")
-    assert tab("launcher repo", env, folder)[0] == ["report"]
-    assert tab("launcher status ", env, folder)[0] == ["first-run", "second-run"]
-    assert tab("launcher diff first-run ", env, folder)[0] == ["second-run"]
-    assert tab("launcher config fir", env, folder)[0] == ["first-run"]
-    assert tab("launcher rm --ye", env, folder)[0] == ["--yes"]
-    # bash replaces only the text after the equals sign, so candidates omit the key.
-    assert tab("launcher plan model=qwen3_8", env, folder) == (["qwen3_8b"], "")
-    assert tab("launcher plan model.dtype=b", env, folder)[0] == ["bf16"]
-    assert tab("launcher plan train.max_st", env, folder) == (["train.max_steps="], "compopt nospace\n")
-    assert "slurm" in tab("launcher plan model=tiny +cluster=", env, folder)[0]
-    assert not (folder / "planted").exists()
-
-
-def test_an_answer_is_quick_and_imports_nothing_heavy(env: dict[str, str], folder: Path) -> None:
-    heavy = ("torch", "hydra", "omegaconf", "transformers", "ray", "rich", "numpy", "pydantic")
-    code = (
-        "import sys, resource\nfrom launcher.cli.main import main\nmain(['completion', 'bash'])\n"
-        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, file=sys.stderr)"
-    )
-    question = {**env, WORDS_VARIABLE: "launcher\nplan\ntrain.max_st"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=question, cwd=folder, timeout=120)
-    assert done.stdout == "train.max_steps=\n", done.stderr
-    imported, seconds = done.stderr.splitlines()
-    assert imported == "[]"
-    # Typically 0.1 s of one core; the limit allows for a busy machine.
-    assert float(seconds) < 0.3
-
-
-@pytest.mark.parametrize(
-    ("words", "candidates"),
-    [
-        (["model.dtype=b"], ["model.dtype=bf16"]),
-        (["resume", "x", "train.max"], ["train.max_steps="]),
-        (["plan", "++model.d"], ["++model.dtype="]),
-        (["plan", "train"], ["train."]),
-        (["status", "model"], []),
-        (["completion", ""], ["bash", "fish", "zsh"]),
-        (["drill", "--fault", "kill"], ["kill-node", "kill-rank"]),
-        (["data", "--scored", ""], ["demo"]),
-        (["rm", "--ye"], ["--yes"]),
-        (["rm", ""], ["demo"]),
-        (["rm", "~"], []),
-        (["clus"], ["cluster.", "cluster="]),
-    ],
-)
-def test_candidates(words: list[str], candidates: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("demo", "--yes", "~root"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "plan.json").touch()
-    monkeypatch.setattr(completion, "list_values", lambda: KEYS if words != ["clus"] else {"cluster.kind": []})
-    assert complete(words) == candidates
-
-
-def test_options_of_a_folder_on_the_command_line_are_offered(tmp_path: Path) -> None:
-    (tmp_path / "my_conf/model").mkdir(parents=True)
-    (tmp_path / "my_conf/model/ours.yaml").touch()
-    before = ["plan", "--config-dir", str(tmp_path / "my_conf")]
-    assert complete([*before, "model=our"]) == ["model=ours"]
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_script_of_each_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    assert WORDS_VARIABLE in script
-    assert "%" not in script.replace("%s", "").replace('%"${word', "")
-
-
-def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", "csh"]) == 2
-    assert "bash" in capsys.readouterr().err

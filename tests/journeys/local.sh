@@ -65,4 +65,3 @@ step "remove a run" launcher rm killed --yes
 step "look at the cache" launcher clean --dry-run
 says "in all"
 step "schema" launcher schema
-step "completion" bash -c 'eval "$(launcher completion bash)" && complete -p launcher'

@@ -261,7 +261,7 @@ def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: PlanOf,
     planned = plan_of(
         *("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl", "run.max_hours=12", "tracking.entity=us"), data=None
     )
-    speed = estimate_speed(planned, "H100-80GB", None)
+    speed = estimate_speed(planned, "H100-80GB")
     golden("llama3_70b.plan.txt", "\n".join(plan_lines(planned, speed=speed)) + "\n")
 
 

@@ -35,7 +35,7 @@ from launcher.plan.sizing.step_time import (
     bytes_of_loss,
     gpu_rates,
 )
-from launcher.plan.throughput import MeasuredMfu, estimate_speed
+from launcher.plan.throughput import estimate_speed
 
 ON_H100 = (
     *("model=llama3_1_8b", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096"),
@@ -177,7 +177,7 @@ def test_why_marks_the_chosen_combination_and_shows_what_other_settings_would_do
 
 def test_the_range_is_the_published_mfu_over_the_models_flops(plan_of: PlanOf) -> None:
     planned = plan_of(*LLAMA, "cluster.price_per_gpu_hour=2.5", device=H100)
-    speed = estimate_speed(planned, H100.name, None)
+    speed = estimate_speed(planned, H100.name)
     # DATA has 5,000 documents of 180 tokens, half of them trained. Per token: all weights except embedding and head, half of the
     # head's 128,256 x 4,096, and 90.5 attention pairs in 32 layers of 32 heads of width 128.
     weights = 8_030_261_248 - 2 * 128_256 * 4096 - 65 * 4096
@@ -193,15 +193,8 @@ def test_the_range_is_the_published_mfu_over_the_models_flops(plan_of: PlanOf) -
     assert speed.basis == "published for FSDP (LLM Foundry, 2024-04), the low end scaled by 0.7 for ZeRO-3"
 
 
-def test_a_measured_mfu_comes_before_published_ones(plan_of: PlanOf) -> None:
-    measured = MeasuredMfu("first", num_ranks=1, low=0.31, high=0.33)
-    for own in ((), ("deepspeed=zero3_offload",)):
-        speed = estimate_speed(plan_of(*LLAMA, *own, device=H100), GPU, measured)
-        assert (speed.mfu, speed.basis) == ((0.31, 0.33), "measured in run first on 1 rank")
-
-
 def test_without_data_a_row_is_one_document(plan_of: PlanOf) -> None:
-    speed = estimate_speed(plan_of("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", device=H100, data=None), GPU, None)
+    speed = estimate_speed(plan_of("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", device=H100, data=None), GPU)
     assert speed.basis.endswith("; assumes one document of data.max_length tokens per row, all trained")
     assert speed.tokens_per_sec is not None
     assert (speed.hours, speed.usd) == (None, None), "the number of steps is not known"
@@ -209,23 +202,21 @@ def test_without_data_a_row_is_one_document(plan_of: PlanOf) -> None:
 
 def test_small_micro_batches_lower_the_low_end(plan_of: PlanOf) -> None:
     small = (*ROWS_AND_MODEL, "train.micro_batch_size=1")
-    full = estimate_speed(plan_of(*LLAMA, device=H100), GPU, None)
-    one = estimate_speed(plan_of(*small, "data.max_length=2048", device=H100, data=None), GPU, None)
+    full = estimate_speed(plan_of(*LLAMA, device=H100), GPU)
+    one = estimate_speed(plan_of(*small, "data.max_length=2048", device=H100, data=None), GPU)
     assert full.mfu == pytest.approx((0.7 * 0.326, 0.447))
     assert one.mfu == pytest.approx((0.7 * 0.326 / 2, 0.447))
     assert "scaled by 0.7 for ZeRO-3 and by 0.5 for micro-batches of 2,048 tokens" in one.basis
-    none = estimate_speed(plan_of(*small, device=H100), GPU, None)
+    none = estimate_speed(plan_of(*small, device=H100), GPU)
     assert none.mfu is None
     assert none.basis.startswith("a micro-batch has 900 tokens, and below 1,024 no MFU is published: raise")
-    measured = MeasuredMfu("first", num_ranks=8, low=0.2, high=0.3)
-    assert estimate_speed(plan_of(*small, device=H100), GPU, measured).mfu == (0.2, 0.3)
 
 
 def test_several_nodes_lower_the_low_end_by_an_assumed_network(plan_of: PlanOf) -> None:
     two = plan_of(
         *LLAMA, "cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=8", "train.global_batch_size=128", device=H100
     )
-    speed, alone = estimate_speed(two, GPU, None), estimate_speed(plan_of(*LLAMA, device=H100), GPU, None)
+    speed, alone = estimate_speed(two, GPU), estimate_speed(plan_of(*LLAMA, device=H100), GPU)
     assert speed.basis.endswith("; the low end assumes 400 Gbit/s between nodes")
     assert speed.mfu is not None
     assert alone.mfu is not None
@@ -235,12 +226,6 @@ def test_several_nodes_lower_the_low_end_by_an_assumed_network(plan_of: PlanOf) 
     seconds = 7200 / alone.tokens_per_sec_per_gpu[0] + 8_030_261_248 * 6 / 2 / 50e9
     assert speed.tokens_per_sec_per_gpu[0] == pytest.approx(7200 / seconds)
     assert speed.mfu[1] == alone.mfu[1]
-    # A measurement on as many nodes includes the network; one on a single node does not.
-    assert estimate_speed(two, GPU, MeasuredMfu("first", 16, 0.2, 0.3)).mfu == (0.2, 0.3)
-    single = estimate_speed(two, GPU, MeasuredMfu("first", 8, 0.2, 0.3))
-    assert single.mfu is not None
-    assert single.mfu[0] < 0.16
-    assert single.basis == "measured in run first on 8 ranks; the low end assumes 400 Gbit/s between nodes"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +243,7 @@ def test_several_nodes_lower_the_low_end_by_an_assumed_network(plan_of: PlanOf) 
 )
 def test_why_there_is_no_estimate(plan_of: PlanOf, tokens: tuple[str, ...], device: DeviceFacts | str, reason: str) -> None:
     facts = device if isinstance(device, DeviceFacts) else H100.model_copy(update={"name": device})
-    speed = estimate_speed(plan_of(*LLAMA, *tokens, device=facts), facts.name, None)
+    speed = estimate_speed(plan_of(*LLAMA, *tokens, device=facts), facts.name)
     assert speed.basis.startswith(reason)
     assert speed == throughput.SpeedEstimate(speed.basis)
     (line,) = [line for line in plan_lines(plan_of(*LLAMA, device=facts), speed=speed) if line.startswith(("speed", "time"))]
