@@ -103,16 +103,12 @@ def _verify_until_intact(run: RunDir) -> dict[Path, CheckpointError | None]:
 
 
 def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftover]:
-    """Remove outdated and damaged checkpoints, and leftovers; returns what was removed.
-
-    Raises:
-        SubmitError: if no checkpoint is intact, because a damaged one may be all that is left of the run; or if one is
-        unreadable right now, because it may be the newest.
-    """
+    """Remove outdated and damaged checkpoints, and leftovers; returns what was removed."""
     unusable = store.find_unusable(run.checkpoints)
     for error in (*verified.values(), *unusable.values()):
         if isinstance(error, UnreadableCheckpoint):
             problem = error.problems[0]
+            # It may be the newest.
             raise SubmitError(
                 f"{problem.message}, so nothing is removed",
                 where=problem.where,
@@ -122,6 +118,7 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     listed = store.list_checkpoints(run.checkpoints)
     intact = [checkpoint for checkpoint in listed if not verified.get(checkpoint.path)]
     if not intact:
+        # A damaged one may be all that is left of the run.
         raise SubmitError("no checkpoint of this run is intact, so nothing is removed", where=str(run.checkpoints))
     keep_reasons = retention_reasons(intact, retention)
     to_remove = [

@@ -81,11 +81,7 @@ def report_data(arguments: Namespace) -> int:
 
 
 def _read_cached_report(config: RunConfig, found: FoundModel, num_shown: int) -> dict[str, Any] | None:
-    """Return the report of a finished cache; None if data must be prepared first, or only transformers can decode its rows.
-
-    Raises:
-        DataError: if a block of the cache is damaged.
-    """
+    """Return the report of a finished cache; None if data must be prepared first, or only transformers can decode its rows."""
     if (prepared := facts.find_prepared_data(config, found)) is None:
         return None
     cache_facts, eval_sets = prepared

@@ -82,11 +82,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 
 
 def _read_side(word: str, root: Path) -> ComparedRun:
-    """Return what a command line word names: a run, or a run's file, which has only settings.
-
-    Raises:
-        LauncherError: if there is no such run, its plan or status cannot be read, or the file has mistakes.
-    """
+    """Return what a command line word names: a run, or a run's file, which has only settings."""
     if is_run_file(word):
         from launcher.config.compose import compose_one
 

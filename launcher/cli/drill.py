@@ -127,11 +127,7 @@ def rehearse_fault(arguments: argparse.Namespace) -> int:
 
 
 def _shorten(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
-    """Change `config` to a short run that saves early and skips evaluation and export; the user's settings take precedence.
-
-    Raises:
-        ConfigError: if there are too few steps between two saves.
-    """
+    """Change `config` to a short run that saves early and skips evaluation and export; the user's settings take precedence."""
     drill_settings = {
         "run.name": f"drill-{arguments.fault}-{datetime.now():%Y%m%d-%H%M%S}",
         # Ends the run even if the drill is killed.
@@ -195,11 +191,7 @@ class _RunWatch:
 
 
 def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
-    """Inject the fault once the run has trained beyond a checkpoint, and wait until it has recovered or ended for good.
-
-    Raises:
-        RunError: if the deadline passes or the run ends before the fault.
-    """
+    """Inject the fault once the run has trained beyond a checkpoint, and wait until it has recovered or ended for good."""
     run = watch.run
     while not (watch.committed and watch.steps and watch.steps[-1].number >= max(watch.committed) + _STEPS_AT_RISK):
         if not watch.poll() or not watch.is_running:

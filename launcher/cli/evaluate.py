@@ -176,11 +176,7 @@ def _change_settings(config: RunConfig, overrides: Sequence[str], run_name: str)
 
 
 def _choose_step(run: RunDir, step: int | None) -> int:
-    """Return the step whose weights to evaluate: the requested step, the export's, or the newest checkpoint's.
-
-    Raises:
-        SubmitError: if the run has neither an export nor a checkpoint.
-    """
+    """Return the step whose weights to evaluate: the requested step, the export's, or the newest checkpoint's."""
     record = read_export(run)
     if record is not None and step in (None, record.step):
         return record.step
@@ -192,11 +188,7 @@ def _choose_step(run: RunDir, step: int | None) -> int:
 
 @contextmanager
 def _lock_evaluation(folder: Path) -> Iterator[None]:
-    """Hold the lock of an evaluation.
-
-    Raises:
-        SubmitError: if another command works on the evaluation.
-    """
+    """Hold the lock of an evaluation."""
     lock = folder / ".lock"
     try:
         with locks.hold(lock, 0.0, redacted_command_line(), mode=0o600):
@@ -211,11 +203,7 @@ def _lock_evaluation(folder: Path) -> Iterator[None]:
 
 
 def _generate_answers(folder: Path, again: str) -> None:
-    """Generate all answers on this machine; `again` is the command that continues.
-
-    Raises:
-        RunError: if the answers were not completed.
-    """
+    """Generate all answers on this machine; `again` is the command that continues."""
     here = device()
     num_gpus = here.count if here.kind == "cuda" else 0
     command = [sys.executable, "-u", "-m", _NODE, str(folder), "0", "1", str(num_gpus)]

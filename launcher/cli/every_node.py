@@ -227,11 +227,7 @@ def _forward_signals(agent: subprocess.Popen[bytes], interrupts: Interrupts) -> 
 
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
-    """Return why a repeated command has nothing to do; None if the run continues or does not exist.
-
-    Raises:
-        ConfigError: if the command differs from the one that began the run.
-    """
+    """Return why a repeated command has nothing to do; None if the run continues or does not exist."""
     if not run.plan.is_file() or folders.run_problem(run.root) is not None:
         return None
     end = journal.read_end(run, run_store.newest_attempt(run))
@@ -242,12 +238,7 @@ def _describe_end(config: RunConfig, run: RunDir) -> str | None:
 
 
 def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
-    """Start the next attempt of an existing run because the same command was repeated, or return why nothing is left to do.
-
-    Raises:
-        ConfigError: if the command differs from the one that began the run.
-        SubmitError: if the run is still running, or its retry budget is spent.
-    """
+    """Start the next attempt of an existing run because the same command was repeated, or return why nothing is left to do."""
     folders.require_run(run.root)
     with run_store.start_lock(run):
         _await_idle(run)

@@ -85,11 +85,7 @@ def require_checkpoint(run: RunDir, step: int | None) -> int:
 
 
 def _require_writable(out: Path) -> None:
-    """Reject a folder that is not writable, or that contains anything other than an export.
-
-    Raises:
-        SubmitError: with the folder.
-    """
+    """Reject a folder that is not writable, or that contains anything other than an export."""
     existing = next(path for path in (out, *out.parents) if path.exists())
     # The folder is written beside its final name.
     beside = existing if existing != out else out.parent
@@ -110,9 +106,6 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
     """Print what an export folder holds before replacing it; without `replace`, reject a different type or a later step.
 
     A newer step in the same type needs no `replace`: the run was trained further.
-
-    Raises:
-        SubmitError: with how to write elsewhere, and how to replace it.
     """
     age = format_age((out / EXPORT_RECORD).stat().st_mtime)
     held = f"step {existing.step} in {existing.dtype}, written {age} ago"

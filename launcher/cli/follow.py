@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from launcher.runs import journal, run_records, run_store
 from launcher.runs.run_records import RUNNING_STATES, Status
 from launcher.security import folders
 from launcher.security.redaction import as_plain_lines, raw
-from launcher.shell_commands import launcher_command, shell_command, short_path
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_step
 from launcher.tracking.progress import EVENT as PROGRESS
@@ -183,7 +182,7 @@ def _open_screen() -> Iterator[_Screen]:
 def _print_result(run: RunDir, attempt: int, status: Status) -> int:
     """Print where the results are and what to run next, or the failure; returns the exit code."""
     name, checkpoints = short_path(run.root), store.list_checkpoints(run.checkpoints)
-    page = wandb_words(wandb_page(run, read_events(run.events)))
+    page = wandb_words(wandb_page(read_events(run.events)))
     print()
     if status.state == "failed":
         _print_failure(run, attempt, status)
@@ -260,24 +259,16 @@ def interrupted_start(run: RunDir) -> int:
     return EXIT_INTERRUPTED
 
 
-def wandb_page(run: RunDir, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the run's `url` in W&B and the `sync_command` that uploads an offline run, from the last event that has them.
 
-    Either may be None or empty; both are missing before the W&B run has started. The command names the files where they are now,
-    because the run directory may have been moved.
+    Either may be None or empty; both are missing before the W&B run has started.
     """
     page: dict[str, Any] = {}
     for fields in (event["fields"] for event in events):
         # Hub upload events also have a url, but no sync_command.
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
-    if command := page.get("sync_command"):
-        words = shlex.split(str(command))
-        for number, path in enumerate(map(Path, words)):
-            folder = run.root.absolute() / "wandb" / path.name
-            if path.parent.name == "wandb" and folder.is_dir():
-                words[number] = str(folder)
-        page["sync_command"] = shell_command(*words)
     return page
 
 

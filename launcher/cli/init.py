@@ -127,11 +127,7 @@ def _choose_name(data: str | None) -> str:
 
 
 def _require_free(out: Path) -> None:
-    """Refuse to overwrite a file, to write to a missing folder, or to use a name that no command accepts as a run's file.
-
-    Raises:
-        ConfigError: with the reason.
-    """
+    """Refuse to overwrite a file, to write to a missing folder, or to use a name that no command accepts as a run's file."""
     problem = ""
     if not out.name.endswith(SUFFIXES):
         problem = f"a file of settings must end in {' or '.join(SUFFIXES)}"
@@ -144,11 +140,7 @@ def _require_free(out: Path) -> None:
 
 
 def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Composed:
-    """Return the settings for model, data and overrides.
-
-    Raises:
-        ConfigError: with what is wrong in them.
-    """
+    """Return the settings for model, data and overrides."""
     tokens = []
     if model:
         if Path(model).is_dir() and "/" not in model:
@@ -201,11 +193,7 @@ def _list_values(starter: StarterSettings, composed: Composed) -> dict[str, Any]
 
 
 def _require_plan(text: str, out: Path) -> LaunchPlan | None:
-    """Reject what `plan` would reject, before the file is written; returns the plan, or None for a model that is not known yet.
-
-    Raises:
-        LauncherError: with the problems.
-    """
+    """Reject what `plan` would reject before the file is written; returns the plan, or None for a model not known yet."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / out.name
         file.write_text(text, encoding="utf-8")

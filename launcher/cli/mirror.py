@@ -129,11 +129,7 @@ def _require_address(url: str) -> None:
 
 
 def _make_local(plan: LaunchPlan, run: RunDir) -> LaunchPlan:
-    """Return the plan with this machine's paths and data caches; missing caches are built.
-
-    Raises:
-        ConfigError, DataError: if the sources are missing on this machine, or differ.
-    """
+    """Return the plan with this machine's paths and data caches; missing caches are built."""
     # The weights are in the checkpoint.
     changes: dict[str, Any] = {"init": "random"}
     if plan.model.path is not None:
@@ -164,11 +160,7 @@ def _find_cache(trained: DataFacts) -> DataFacts | None:
 
 
 def _find_or_build_data(plan: LaunchPlan, config: RunConfig) -> DataFacts:
-    """Find the data cache on this machine by its key, or build it with `config`, and compare its content with the plan.
-
-    Raises:
-        ConfigError, DataError: if the sources are missing on this machine, or differ.
-    """
+    """Find the data cache on this machine by its key, or build it with `config`, and compare its content with the plan."""
     trained = plan.data
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)

@@ -88,11 +88,7 @@ def remove_runs(arguments: argparse.Namespace) -> int:
 
 
 def _find_runs(names: list[str], root: Path) -> list[RunDir]:
-    """Return the runs with these names; their plans may be damaged or missing.
-
-    Raises:
-        SubmitError: with every name that is not a run, or is the run of another user.
-    """
+    """Return the runs with these names; their plans may be damaged or missing."""
     runs: dict[Path, RunDir] = {}
     problems: list[Problem] = []
     for name in names:
@@ -132,7 +128,7 @@ def _inspect_run(run: RunDir, root: Path, together: Collection[Path]) -> Removab
         steps=tuple(checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)),
         has_export=run.export.is_dir(),
         copies=tuple(copies),
-        wandb=wandb_page(run, events).get("url") or None,
+        wandb=wandb_page(events).get("url") or None,
         needed_by=tuple(needed_by),
     )
 
@@ -164,11 +160,7 @@ def _list_rows(one: RemovableRun) -> Rows:
 
 
 def _remove_run(run: RunDir) -> Iterator[str]:
-    """Remove a run, and what interrupted removals left beside it; yields the files that could not be removed.
-
-    Raises:
-        SubmitError: if it was resumed after it was shown, or is being started.
-    """
+    """Remove a run, and what interrupted removals left beside it; yields the files that could not be removed."""
     removing = run.root.with_name(f"{atomic_files.REMOVING_PREFIX}{run.root.name}")
     # The rename is under the lock with which attempts are started.
     with run_store.start_lock(run):
@@ -365,11 +357,7 @@ def _report_removal(arguments: argparse.Namespace, values: dict[str, Any], total
 
 
 def _is_confirmed(arguments: argparse.Namespace, question: str) -> bool:
-    """Return whether a command continues, and report if it does not; --yes and --dry-run need no answer.
-
-    Raises:
-        SubmitError: if there is no terminal to ask on.
-    """
+    """Return whether a command continues, and report if it does not; --yes and --dry-run need no answer."""
     if arguments.yes or arguments.dry_run:
         return True
     if not sys.stdin.isatty() or not sys.stdout.isatty():

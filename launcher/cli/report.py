@@ -7,7 +7,6 @@ import math
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
 from launcher.tracking.wandb import project
 
 _MOST_POINTS = 600
-_ATTEMPTS_SHOWN, _NODES_SHOWN = 20, 8
+_NODES_SHOWN = 8
 # Names, or prefixes of names, of the metrics that the page needs in addition to the charts' metrics.
 _OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens", "trainer/epoch")
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
@@ -177,13 +176,7 @@ def _list_sections(one: _RunFiles) -> list[Section]:
 
 def _list_attempts(one: _RunFiles) -> Table:
     rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
-    numbers = run_store.attempt_numbers(one.run)
-    if earlier := numbers[:-_ATTEMPTS_SHOWN]:
-        ends = (journal.read_end(one.run, number) for number in earlier)
-        causes = Counter("no record" if end is None else end.cause.value for end in ends).most_common()
-        outcomes = ", ".join(f"{count:,} {cause}" for cause, count in causes)
-        rows.append([f"{earlier[0]} to {earlier[-1]}", "", "", "", "", outcomes])
-    for number in numbers[-_ATTEMPTS_SHOWN:]:
+    for number in run_store.attempt_numbers(one.run):
         attempt = run_store.find_attempt(one.run, number) or Attempt(None)
         record = journal.read_end(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]

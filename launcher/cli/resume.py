@@ -136,11 +136,7 @@ def describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str | 
 
 
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:
-    """Reject a checkpoint at or after the last step, unless the run has ended there without its export.
-
-    Raises:
-        SubmitError: with what to do instead.
-    """
+    """Reject a checkpoint at or after the last step, unless the run has ended there without its export."""
     max_steps = plan.batch.max_steps
     export = launcher_command("export", short_path(run.root), "--step", str(checkpoint.step))
     if max_steps is not None and checkpoint.step > max_steps:
@@ -180,11 +176,7 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
 
 
 def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
-    """Reject an attempt that would stop after one step.
-
-    Raises:
-        SubmitError: if the run has used up run.max_hours or run.max_usd.
-    """
+    """Reject an attempt that would stop after one step."""
     limits, problems, command = plan.limits, [], _resume_command(run)
     if limits.max_seconds is None and limits.max_gpu_seconds is None:
         return
@@ -211,9 +203,6 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
 
     The ranks verify the newest checkpoint when they read it. A checkpoint at a chosen step is verified here, because later
     checkpoints are set aside for it.
-
-    Raises:
-        SubmitError: if it does not exist, cannot be read right now, or is damaged; nothing was changed.
     """
     is_untrained = not has_trained(run, run_store.read_status(run))
     if step is None and is_untrained:
@@ -329,11 +318,7 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
 
 
 def _find_saved_plan(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:
-    """Return the plan that a checkpoint was saved under; None if it is missing and `force` is true.
-
-    Raises:
-        ConfigError: if it is missing or was changed, and `force` is false.
-    """
+    """Return the plan that a checkpoint was saved under; None if it is missing and `force` is true."""
     digest = checkpoint.manifest.plan_digest
     saved = run_store.find_plan(run, digest)
     if saved is None and not force:
@@ -375,9 +360,6 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     """Return the facts of the data cache; builds it again if it is not the one that the plan records.
 
     The recorded rows count, even if the files have changed or are gone, unless the command requests the files' data.
-
-    Raises:
-        DataError: if the sources are gone too.
     """
     recorded = plan.data
     if recorded is not None and _is_same_data(config, plan.config):
@@ -404,11 +386,7 @@ def _is_same_data(one: RunConfig, other: RunConfig) -> bool:
 
 
 def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> dict[str, DataFacts]:
-    """Return the facts of the eval.sets caches; the recorded rows count, and missing caches are built.
-
-    Raises:
-        ConfigError, DataError: for a set that cannot be read.
-    """
+    """Return the facts of the eval.sets caches; the recorded rows count, and missing caches are built."""
     kept: dict[str, DataFacts] = {}
     rows_of = {one.name: one.rows for one in plan.config.eval.all_sets}
     for one in config.eval.all_sets if _is_same_data(config, plan.config) else ():

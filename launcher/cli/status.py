@@ -283,7 +283,7 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         "cost": _sum_cost(tail, spent, placed, rest.usd),
         "goodput": _list_goodput(spent),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
-        "wandb": wandb_page(run, events),
+        "wandb": wandb_page(events),
         "progress": {"time": newest["time"], "text": newest["text"]} if is_progress else None,
         "answers": next((e["text"] for e in reversed(events) if e["kind"] == "answers"), None),
         "verdict": verdict,

@@ -178,11 +178,7 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
 
 
 def _validate_settings(cfg: Any, run_file: RunFile | None) -> Composed:
-    """Validate one composed config together with the run's file.
-
-    Raises:
-        ConfigError: with all problems of the config.
-    """
+    """Validate one composed config together with the run's file."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -270,11 +266,7 @@ def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
 
 
 def _call_hydra(task: Callable[[Any], None], flags: Sequence[str], overrides: Sequence[str], run_file: RunFile | None) -> None:
-    """Compose the overrides with a run's file over the config groups, and call `task`, which must not raise, for each job.
-
-    Raises:
-        ConfigError: if Hydra cannot compose them.
-    """
+    """Compose the overrides with a run's file over the config groups, and call `task`, which must not raise, for each job."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
@@ -324,11 +316,7 @@ def _list_jobs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 @contextmanager
 def _store_run_file(run_file: RunFile | None) -> Iterator[list[str]]:
-    """Let Hydra compose the content of a run's file within this block; yield the override that includes it.
-
-    Raises:
-        ConfigError: if the file has a key or a value of a kind that settings cannot have.
-    """
+    """Let Hydra compose the content of a run's file within this block; yield the override that includes it."""
     if run_file is None:
         yield []
         return

@@ -115,26 +115,13 @@ class Origins:
         return f"{options} on the command line instead of the section in {file}: not used: {', '.join(keys)}"
 
     def located(self, problem: Problem) -> Problem:
-        """Return `problem` with the origin of the setting that it names.
-
-        The remedy for a path relative to the run's file is the path to write.
-        """
-        value = problem.value
+        """Return `problem` with the origin of the setting that it names."""
         if re.sub(r"\[\d+\]", "[]", problem.where) in settings():
             key, where = self.resolve(problem.where)
             if where:
                 message, remedy = (text.replace(problem.where, key) for text in (problem.message, problem.remedy))
                 problem = replace(problem, message=message, where=f"{key} ({where})", remedy=remedy)
-        if self.run_file is None or not value or value.startswith(("/", "~")) or Path(value).exists():
-            return problem
-        file = self.run_file.path
-        beside = file.parent / value
-        if not beside.exists():
-            return problem
-        remedy = (
-            f"write {short_path(beside)}: relative paths begin at the working directory, not at the folder of {short_path(file)}"
-        )
-        return replace(problem, remedy=remedy)
+        return problem
 
     def files(self) -> Iterator[tuple[Path, str]]:
         """Yield the composed files, last one first, each with the section that it sets; empty for all settings."""

@@ -8,7 +8,6 @@ For each group, a string selects an option, a mapping sets keys, and a mapping w
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config.command_line import COMMAND_LINE, GROUPS, ROW_SUFFIXES, SUFFIXES
+from launcher.config.command_line import COMMAND_LINE, GROUPS, ROW_SUFFIXES
 from launcher.config.error_messages import find_yaml_problems, make_unknown_option_problem
 from launcher.config.origin import RunFile, yaml_nodes
 from launcher.config.schema import RunConfig, settings
@@ -86,21 +85,13 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
-    """Return the mapping in a file, which is read as Hydra reads its own files.
-
-    Raises:
-        ConfigError: if there is no such file, or it is not readable, not YAML or not a mapping.
-    """
+    """Return the mapping in a file, which is read as Hydra reads its own files."""
     import yaml
 
     if path.name.endswith(ROW_SUFFIXES):
         raise ConfigError(_make_rows_problem(path))
     if not path.is_file():
-        # All files share the ending, so it must not count as similarity.
-        nearby = {file.stem: file for file in sorted(path.parent.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
-        close = difflib.get_close_matches(path.stem, nearby, n=1)
-        guess = f"did you mean {nearby[close[0]]}? " if close else ""
-        remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
+        remedy = f"name a YAML file with settings; a file to start from: {launcher_command('init')}"
         raise ConfigError("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
     try:
         root = _load_yaml(path)

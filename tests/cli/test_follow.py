@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ from dataclasses import replace
 import hand_made
 import pytest
 
-from launcher.cli.follow import follow, wandb_page
+from launcher.cli.follow import follow
 from launcher.cli.verbs import VERBS
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
@@ -20,7 +19,7 @@ from launcher.runs import json_records, run_records, run_store
 from launcher.runs.journal import FailureRecord
 from launcher.runs.run_records import ExportRecord, Status
 from launcher.shell_commands import short_path
-from launcher.tracking.jsonl import append_event, read_events
+from launcher.tracking.jsonl import append_event
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1, traceback: str = "") -> None:
@@ -85,14 +84,6 @@ class QueuedCluster(LocalCluster):
 def test_follow_shows_why_a_run_has_not_started(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert follow(run, 1, QueuedCluster()) == 0
     assert capsys.readouterr().out.startswith("pending: waiting for resources (Resources)\njoined\n")
-
-
-def test_the_upload_of_a_moved_run_names_its_present_folder(run: RunDir) -> None:
-    (run.root / "wandb/offline-run-1").mkdir(parents=True)
-    command = shlex.join(["wandb", "sync", "--include-online", "/before/run/wandb/offline-run-1", "/elsewhere/wandb/run-2"])
-    append_event(run, 1, "info", "offline", sync_command=command)
-    words = wandb_page(run, read_events(run.events))["sync_command"].split()
-    assert words[3:] == [str(run.root.absolute() / "wandb/offline-run-1"), "/elsewhere/wandb/run-2"]
 
 
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

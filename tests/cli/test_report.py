@@ -18,7 +18,6 @@ from launcher.cli.report import _read_run_files, page, thin_out
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
-from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
 
 
@@ -63,17 +62,6 @@ def test_only_the_newest_attempt_of_a_running_run_is_running(run: RunDir, state:
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=begun_at))
     rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_read_run_files(run, "demo")]))
     assert [row for row in rows if row in (words, "ended without a record")] == ["ended without a record", words]
-
-
-def test_of_many_attempts_the_newest_are_listed_and_the_others_counted_by_cause(run: RunDir) -> None:
-    for number in range(1, 31):
-        if number > 2:
-            run_store.create_attempt(run, Attempt(5, nodes=tuple(f"n{node}" for node in range(128))))
-        hand_made.end(run, number, cause="preempted" if number % 3 else "bad_node")
-    written = page([_read_run_files(run, "demo")])
-    (earlier,) = re.findall(r"<td>1 to 10</td>.*?<td>([^<]+)</td></tr>", written, re.DOTALL)
-    assert earlier == "7 preempted, 3 bad_node"
-    assert written.count("n0, n1, n2, n3, n4, n5, n6, n7 and 120 more") == 20
 
 
 def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:

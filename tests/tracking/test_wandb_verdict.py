@@ -41,7 +41,7 @@ def test_summary_and_answers(make_plan: PlanOf, run_dir: Path, capsys: pytest.Ca
     told = capsys.readouterr().out
     assert told.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
     assert told.strip().endswith(f"; python -m launcher status {run_dir} shows the command that uploads them")
-    command = wandb_page(run, read_events(run.events))["sync_command"]
+    command = wandb_page(read_events(run.events))["sync_command"]
     assert command.startswith(f"wandb sync --include-online {run_dir}/wandb/offline-run-")
     summary: dict[str, object] = {}
     for record in fake_wandb.records(run_dir):

@@ -148,11 +148,7 @@ ONE_PER_NODE = {"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_S
 
 
 def _read_value(key: str, section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> str | int | None:
-    """Return the value of the setting, else of the first variable that is set, else None.
-
-    Raises:
-        ConfigError: if the variable cannot be read.
-    """
+    """Return the value of the setting, else of the first variable that is set, else None."""
     if key in chosen and (value := getattr(section, key)) is not None:
         return value
     for name, read in VARIABLES[key].items():
