@@ -121,7 +121,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     if arguments.tasks is None:
         priced = plan.model_copy(update={"config": config, "price": find_price(plan, config)})
         for name, verdict in verdicts.items():
-            results[name] |= {"costs": tabulate_costs(verdict, priced), "saved_tokens": describe_saving(verdict)}
+            results[name]["costs"] = tabulate_costs(verdict, priced)
     failed = list[str]()
     for gain in gains:
         about = {name: verdict for name, verdict in verdicts.items() if gain.metric in verdict.means}
@@ -224,8 +224,7 @@ def show_sets(shown: dict[str, Any]) -> list[Part]:
         verdict = result["verdict"]
         inner: list[Part] = [Section("", [_make_table(result["header"], result["rows"])])]
         if result["costs"]:
-            saved = [Text(result["saved_tokens"])] if result["saved_tokens"] else []
-            inner.append(Section("requests like these", [_make_table(*result["costs"]), *saved]))
+            inner.append(Section("requests like these", [_make_table(*result["costs"])]))
         styles = [f"{side}: {style}" for side, style in result["styles"].items()]
         inner.append(Section("", [Items([*styles, *result["left_out"]])]))
         if copies := result["training_copies"]:
@@ -280,7 +279,7 @@ def show_verdicts(run: RunDir, plan: LaunchPlan) -> list[Section]:
         ]
         parts += [_make_table([*header, *(["exact test"] if has_tests else [])], pairs)] if pairs else []
         if (costs := tabulate_costs(verdict, plan)) is not None:
-            parts += [Text(f"Costs of requests like these. {describe_saving(verdict)}", "soft"), _make_table(*costs)]
+            parts += [Text("Costs of requests like these.", "soft"), _make_table(*costs)]
         sides = [TUNED, *(side for side in verdict.sides if side != TUNED)]
         examples = [
             Section(
@@ -330,21 +329,6 @@ def tabulate_costs(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[list[s
         if price is not None:
             rows[-1].append("-" if one.gpu_s is None else f"${one.gpu_s / 3600 / num_prompts * 1e6 * price:,.0f}")
     return header, rows
-
-
-def describe_saving(verdict: EvaluationVerdict) -> str:
-    """Return the prompt tokens that the tuned model saves compared with the base model with the most examples; empty if none."""
-    if TUNED not in verdict.usage:
-        return ""
-    tokens = {side: one.prompt_tokens / max(one.num_prompts, 1) for side, one in verdict.usage.items()}
-    longest = max(tokens, key=lambda side: tokens[side])
-    saved = tokens[longest] - tokens[TUNED]
-    if saved < 1:
-        return ""
-    return (
-        f"A prompt has {tokens[TUNED]:,.0f} tokens for the tuned model and {tokens[longest]:,.0f} with {longest}: "
-        f"{saved:,.0f} fewer for each request."
-    )
 
 
 @dataclass(frozen=True)

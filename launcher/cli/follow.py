@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Commands, Rows, Section
 from launcher.clusters.backends import Cluster, FilesOnly, StatusReader, cluster_for, status_reader_for
@@ -203,10 +202,8 @@ def _print_result(run: RunDir, attempt: int, status: Status) -> int:
     rows += [("W&B run", page)] if page else []
     if run.export.is_dir():
         exported, record = short_path(run.export), run_records.read_export(run)
-        if record is not None and checkpoints and record.step != (step := checkpoints[-1].step):
+        if record is not None and checkpoints and record.step != checkpoints[-1].step:
             exported += f", which holds step {record.step}"
-            if run_records.export_file(run).stat().st_mtime < (checkpoints[-1].path / MANIFEST).stat().st_mtime:
-                exported += f"; export step {step} with: {launcher_command('export', name)}"
         rows.append(("exported to", exported))
     plan, status = run_store.load_plan(run), run_store.read_status(run)
     # Commands that only read a run do not import the settings, which import pydantic.

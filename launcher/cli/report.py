@@ -238,9 +238,6 @@ def publish_workspace(arguments: argparse.Namespace) -> int:
             remedy="a project is created by its first online run; name a run of ./runs, or PROJECT or ENTITY/PROJECT",
         ) from None
     except Exception as error:  # W&B raises far more than wandb.Error.
-        if "No API key" in str(error):
-            remedy = "log in with `wandb login`, or set WANDB_API_KEY; --dry-run shows the workspace without a login"
-            raise ConfigError("there is no login for Weights & Biases", where="dashboard", remedy=remedy) from None
         raise RunError(
             f"Weights & Biases did not accept the workspace: {type(error).__name__}: {error}",
             where="dashboard",

@@ -32,6 +32,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
 from launcher.runs.run_records import RUNNING_STATES, Status, read_export
 from launcher.runs.run_store import Placement
+from launcher.security import folders
 from launcher.security.redaction import raw
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput, progress
@@ -451,12 +452,5 @@ def _describe_attempt(run: RunDir, status: Status, attempt: int) -> str:
         location = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
     else:
         location = "no machines yet"
-    if started_at is None:
-        file = run.attempt(attempt) / "attempt.json"
-        started_at = file.stat().st_mtime if file.is_file() else status.updated_at
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(started_at)))
-    try:
-        user = run.root.owner()
-    except KeyError:
-        user = str(run.root.stat().st_uid)
-    return f"attempt {attempt}, {location}, of user {user}, since {since}"
+    since = "" if started_at is None else time.strftime(", since %Y-%m-%d %H:%M:%S", time.localtime(float(started_at)))
+    return f"attempt {attempt}, {location}, of user {folders.user_name(run.root.stat().st_uid)}{since}"

@@ -17,8 +17,6 @@ GROUPS = ("model", "data", "objective", "optim", "deepspeed", "cluster", "tracki
 # Hydra's flags: a sweep, and a folder of the user's own options.
 _SWEEP = ("--multirun", "-m")
 _CONFIG_DIR = ("--config-dir", "-cd")
-# Hydra's flags that print settings.
-_PRINTING = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 # Values of data.path and data.sources that name nothing to read.
 _NO_ROWS = ("", "null", "[]")
 # Endings of a run's file, and of files of rows. A .json file may be either.
@@ -108,8 +106,6 @@ def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[s
         meant = key if key in (*GROUPS, *settings()) else find_meant_setting(key) or " or ".join(same[:3])
         if value.endswith(SUFFIXES):
             remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"
-        elif name in _PRINTING:
-            remedy = f"settings are printed with: {launcher_command('config')} ..."
         elif meant:
             remedy = f"settings are written without dashes: {meant.replace(' or ', '=... or ')}=..."
         else:

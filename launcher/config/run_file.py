@@ -89,7 +89,12 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     import yaml
 
     if path.name.endswith(ROW_SUFFIXES):
-        raise ConfigError(_make_rows_problem(path))
+        name = redact(str(path))
+        remedy = (
+            f"write a file of settings for these rows with: {launcher_command('init', '--data', name)}; "
+            f"or name them as a setting: data.path={shlex.quote(name)}"
+        )
+        raise ConfigError("this is a file of rows, not one of settings", where=COMMAND_LINE, value=name, remedy=remedy)
     if not path.is_file():
         remedy = f"name a YAML file with settings; a file to start from: {launcher_command('init')}"
         raise ConfigError("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
@@ -108,16 +113,6 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"
         raise ConfigError(message, where=short_path(path), remedy=remedy)
     return root
-
-
-def _make_rows_problem(path: Path) -> Problem:
-    """Return the problem of a file of rows in the position of a run's file."""
-    name = redact(str(path))
-    remedy = (
-        f"write a file of settings for these rows with: {launcher_command('init', '--data', name)}; "
-        f"or name them as a setting: data.path={shlex.quote(name)}"
-    )
-    return Problem("this is a file of rows, not one of settings", where=COMMAND_LINE, value=name, remedy=remedy)
 
 
 def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tuple[str | None, Problem | None]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import time
 from dataclasses import replace
 
 import hand_made
@@ -112,10 +110,9 @@ def write_export(run: RunDir, step: int) -> None:
 
 def test_an_export_of_an_earlier_step_is_shown_with_its_step(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     write_export(run, 5)
-    os.utime(run_records.export_file(run), (time.time() - 7200, time.time() - 7200))
     assert follow(run, 2, LocalCluster()) == 0
     output = capsys.readouterr().out
-    assert "export, which holds step 5; export step 10 with: python -m launcher export " in output
+    assert "export, which holds step 5\n" in output
 
 
 def test_the_best_weights_of_a_run_that_ended_early_are_its_result(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

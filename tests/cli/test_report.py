@@ -81,7 +81,6 @@ def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
     assert next(row for row in rows if row[:1] == ["8-shot"])[2:] == ["24", "0", "176"]
     # 12.5 seconds for 200 prompts are 17.4 GPU hours per million prompts, at two dollars per GPU hour.
     assert ["tuned", "40", "5", "$35"] in rows
-    assert "1,220 fewer for each request" in page
     assert page.count("better than 8-shot") == 2 * 3
     assert "How many &lt;b&gt;apples&lt;/b&gt; are 38 apples, says" in page
     assert TOKEN not in page

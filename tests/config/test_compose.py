@@ -53,12 +53,6 @@ def test_a_multirun_composes_each_job(compose: Compose, position: int) -> None:
     assert "optim.lr=0.25" in jobs[1].overrides
 
 
-def test_flags_that_print_settings_name_the_verb_for_it(refused: Callable[..., list[Problem]]) -> None:
-    (problem,) = refused("--cfg", "job", "model=tiny")
-    assert problem.message == "there is no flag --cfg"
-    assert "launcher config" in problem.remedy
-
-
 def test_a_multirun_prints_only_the_plans(launch_here: Launch, tmp_path: Path) -> None:
     done = launch_here("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", "data.packing=false", cwd=tmp_path)
     require_exit(done)
