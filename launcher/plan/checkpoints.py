@@ -124,9 +124,7 @@ def describe_low_room(plan: LaunchPlan, available: int, present: int) -> str | N
         return None
     more = format_count(count, "more checkpoint" if present else "checkpoint")
     fewer = "lower checkpoint.keep_last, " if plan.config.checkpoint.keep_last > 1 else ""
-    # Another checkpoint is written before an older one is removed.
-    including = ", including the one that is written before an older one is removed" if count > 1 or present else ""
     return (
-        f"the disk of the run directory has {format_size(available)} free and needs {format_size(needed)} for {more}{including}: "
+        f"the disk of the run directory has {format_size(available)} free and needs {format_size(needed)} for {more}: "
         f"free space, {fewer}or move run.root"
     )

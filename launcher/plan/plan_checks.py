@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from launcher.config.schema import RunConfig
@@ -113,12 +112,11 @@ def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) 
         )
     every, save_every = config.eval.answers_every, config.checkpoint.save_every
     if every and (not save_every or every % save_every):
-        fitting = math.ceil(every / save_every) * save_every if save_every else 0
         yield Problem(
             f"eval.answers_every={every} is not a multiple of checkpoint.save_every={save_every}: answers come from checkpoints",
             where="eval.answers_every",
             value=str(every),
-            remedy=f"set checkpoint.save_every={every}" + (f", or eval.answers_every={fitting}" if fitting else ""),
+            remedy=f"set checkpoint.save_every={every}",
         )
     if every and data is not None and not data.num_eval_rows and not config.eval.sets:
         yield Problem(

@@ -19,8 +19,6 @@ _TOKENS_PER_FORWARD = {"cuda": 8192, "cpu": 1024}
 _MORE_STEPS = 10
 # A smaller relative change is not worth a note.
 _NOTED_CHANGE = 0.01
-# The settings of optim that the learning rate depends on.
-_RATE_SETTINGS = ("lr", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
 
 
 def split_batch(train: TrainSection, data: DataSection, data_ranks: int, device: str, facts: DataFacts | None) -> Batch:
@@ -112,12 +110,8 @@ def compute_learning_rate(optim: OptimSection, step: int, max_steps: int) -> flo
 def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -> str | None:
     """Describe how the learning rate changes where a run with a checkpoint at `step` continues under another plan.
 
-    Returns:
-        None if the rate of the next step is the same under both plans, or if the number of steps is not known.
+    None if the rate of the next step is the same under both plans, or if the number of steps is not known.
     """
-    # Only a resume compares settings.
-    from launcher.config.resume import differing
-
     if step == 0 or saved.batch.max_steps is None or following.batch.max_steps is None or step >= following.batch.max_steps:
         return None
     planned = compute_learning_rate(saved.config.optim, step, saved.batch.max_steps)
@@ -125,12 +119,4 @@ def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -
     if abs(rate - planned) <= _NOTED_CHANGE * max(rate, planned):
         return None
     last = compute_learning_rate(saved.config.optim, max(0, step - 1), saved.batch.max_steps)
-    change = f"the learning rate is {rate:.3g} in step {step + 1:,}, after {last:.3g} in step {step:,}"
-    causes = [
-        f"{one.key}={one.requested} ({one.saved} in the checkpoint)"
-        for one in differing(saved.config.optim.model_dump(), following.config.optim.model_dump(), "optim")
-        if one.key.removeprefix("optim.") in _RATE_SETTINGS
-    ]
-    if saved.batch.max_steps != following.batch.max_steps:
-        causes.append(f"its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}")
-    return f"{change}: {', and '.join(causes)}"
+    return f"the learning rate is {rate:.3g} in step {step + 1:,}, after {last:.3g} in step {step:,}"

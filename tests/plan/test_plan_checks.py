@@ -164,7 +164,7 @@ SAVES = ("checkpoint.save_every=20", "eval.answers_every=40")
 @pytest.mark.parametrize(
     ("settings", "num_held_out", "message", "remedy"),
     [
-        (("eval.answers_every=50",), 8, "not a multiple of checkpoint.save_every=20", "=50, or eval.answers_every=60"),
+        (("eval.answers_every=50",), 8, "not a multiple of checkpoint.save_every=20", "set checkpoint.save_every=50"),
         (("checkpoint.save_every=0",), 8, "not a multiple of checkpoint.save_every=0", "set checkpoint.save_every=40"),
         ((), 0, "there are no held-out rows and no eval.sets", "data.eval_fraction=0.05"),
     ],

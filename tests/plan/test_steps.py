@@ -203,7 +203,7 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     # Existing checkpoints need no additional space.
     assert describe_low_room(plan, one, present=2) is None
     assert f"needs {format_size(needed_bytes(plan, 2))} for 2 more checkpoints" in (describe_low_room(plan, one, present=1) or "")
-    assert f"needs {format_size(one)} for 1 more checkpoint," in (describe_low_room(plan, one - 1, present=9) or "")
+    assert f"needs {format_size(one)} for 1 more checkpoint:" in (describe_low_room(plan, one - 1, present=9) or "")
 
 
 @pytest.mark.parametrize(
