@@ -67,7 +67,6 @@ def _check_wandb_login(config: RunConfig) -> CheckResult:
 
 def _check_hub_login(config: RunConfig) -> Iterator[CheckResult]:
     from huggingface_hub import get_token, whoami
-    from huggingface_hub.errors import HfHubHTTPError
 
     repo_id = config.export.push_to_hub
     if repo_id and (problem := token_problem("export.push_to_hub", repo_id)):
@@ -77,11 +76,11 @@ def _check_hub_login(config: RunConfig) -> Iterator[CheckResult]:
     else:
         try:
             yield CheckResult(_HUB, OK, f"the token belongs to {whoami(token)['name']}")
-        except HfHubHTTPError as error:
-            is_refused = error.response is not None and error.response.status_code in (401, 403)
-            seen = "the Hub does not accept the token" if is_refused else f"the Hub answers the token with: {error}"
-            yield CheckResult(_HUB, FAILURE if is_refused else WARNING, seen, f"set {TOKEN_VARIABLE} to one from {_TOKEN_PAGE}")
         # The client raises the errors of its transport too.
         except Exception as error:
-            seen = f"the Hub does not answer, so the token was not checked: {error}"
-            yield CheckResult(_HUB, WARNING, seen, "check the network of this machine")
+            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+                remedy = f"set {TOKEN_VARIABLE} to one from {_TOKEN_PAGE}"
+                yield CheckResult(_HUB, FAILURE, "the Hub does not accept the token", remedy)
+            else:
+                seen = f"the token was not checked, because the Hub did not answer as expected: {error}"
+                yield CheckResult(_HUB, WARNING, seen, "check the network of this machine, or try again later")
