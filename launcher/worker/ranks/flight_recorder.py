@@ -5,25 +5,26 @@ something arrives in a pipe that one of its threads reads. That thread needs Pyt
 that hangs while it holds the GIL does not answer. With gloo, a Python thread of the rank does the same. A rank writes to its
 node's disk, because shared storage may be what hangs. The agent copies the dump to the attempt's folder for `torchfrtrace`,
 and adds a summary of its ranks' dumps: hundreds of whole dumps would take the other agents too long to read.
+
+With NCCL, only tests of one rank have shown it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
 import shutil
 import tempfile
 import threading
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import LauncherError
+from launcher.plan.quantities import list_first
 from launcher.plan.run_dir import RunDir
 from launcher.runs import atomic_files, json_records, run_store
 
@@ -35,21 +36,26 @@ _PREFIX, _SUMMARIES = "rank-", "summary-*.json"
 _POLL_S = 0.2
 # Storage that does not answer must not stop the watchdog from killing a rank, or the agent from ending.
 _READING_S, _CLOSING_S = 5.0, 10.0
-# Completed collectives that are kept. A rank whose calls diverged from its peers' has completed only a few since then.
-_NUM_COMPLETED = 8
 _MAX_NAMED = 4
-# Collectives whose sizes differ between ranks.
-_UNEVEN = ("gather", "scatter", "all_to_all", "alltoall")
-# The ranks of each process group; gloo does not report them.
-Members = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class _Summary:
-    """What the ranks of one agent recorded; `ranks` are numbers as text."""
+class Collective:
+    """A collective that a rank has called: its number in its process group, its name, and the elements of its input."""
 
-    ranks: dict[str, Calls]
-    members: Members
+    number: int
+    name: str
+    num_elements: int
+    is_completed: bool
+    called_at_ns: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} of {self.num_elements} elements"
+
+
+# For each process group (`0 (default_pg)`): a rank's first collective that has not completed, or else its last one.
+Calls = dict[str, Collective]
 
 
 class FlightRecorder:
@@ -60,10 +66,7 @@ class FlightRecorder:
         self._folder = Path(tempfile.mkdtemp(prefix="launcher-collectives-"))
         self._run, self._attempt, self._world_size, self._stall_s = run, attempt, world_size, stall_s
         self._target = run.attempt(attempt) / "collectives"
-        # The ranks' answers, and when they came; the numbers of ranks are text, as in JSON.
-        self._calls: dict[str, tuple[float, Calls]] = {}
-        self._members: Members = {}
-        # The modification times of the files that have been copied.
+        # The modification times of the dumps that have been copied.
         self._copied: dict[Path, int] = {}
         self._closed = threading.Event()
 
@@ -87,6 +90,8 @@ class FlightRecorder:
         """Ask ranks to dump what they recorded. Skips ranks that have no pipe yet."""
         for rank in ranks:
             with suppress(OSError):
+                # A dump from before a restart must not be taken for the answer.
+                (self._folder / f"{_PREFIX}{rank}").unlink(missing_ok=True)
                 descriptor = os.open(self._folder / f"{_PREFIX}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
                 try:
                     os.write(descriptor, b"1\n")
@@ -103,13 +108,11 @@ class FlightRecorder:
                 # Skip summaries from before a restart of the ranks.
                 newest = max(files.values(), default=0.0)
                 calls: dict[int, Calls] = {}
-                members: Members = {}
                 for path in (path for path, at in files.items() if at > newest - self._stall_s):
-                    of_agent = json_records.read(_Summary, path)
-                    calls |= {int(rank): of_rank for rank, of_rank in of_agent.ranks.items()}
-                    members |= of_agent.members
+                    for rank, of_rank in json_records.read_json(path).items():
+                        calls[int(rank)] = {group: Collective(**values) for group, values in of_rank.items()}
                 hosts = run_store.read_attempt(self._run, self._attempt).nodes
-                explanation.append(explain_hang(calls, members, self._world_size, hosts))
+                explanation.append(explain_hang(calls, self._world_size, hosts))
 
         thread = threading.Thread(target=read_and_explain, name="hung-collective", daemon=True)
         # Raised when a limit on threads is reached.
@@ -128,27 +131,23 @@ class FlightRecorder:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _copy(self) -> None:
-        """Copy the dumps that are complete and not copied yet; the summary goes first because other nodes wait for it."""
-        contents: dict[Path, bytes] = {}
-        for path in self._folder.glob(f"{_PREFIX}*[0-9]"):
-            with suppress(OSError):
-                written_at = path.stat().st_mtime_ns
-                if self._copied.get(path) == written_at or (dump := read_dump(content := path.read_bytes())) is None:
-                    continue
-                calls, members = dump
-                self._calls[path.name.removeprefix(_PREFIX)] = time.monotonic(), calls
-                self._members |= members
-                self._copied[path], contents[path] = written_at, content
-        if not contents:
-            return
-        oldest = time.monotonic() - self._stall_s
-        recent = {rank: calls for rank, (at, calls) in self._calls.items() if at > oldest}
+        """Copy the dumps if one is new; the summary goes first because other nodes wait for it."""
         with suppress(OSError):
+            written = {path: path.stat().st_mtime_ns for path in self._folder.glob(f"{_PREFIX}*[0-9]")}
+            contents = {path: path.read_bytes() for path in written} if written.items() - self._copied.items() else {}
+            calls = {path: of_rank for path, content in contents.items() if (of_rank := read_dump(content)) is not None}
+            if all(self._copied.get(path) == written[path] for path in calls):
+                return
             # Do not create the attempt's own folder: the run directory may have been moved since.
             self._target.mkdir(exist_ok=True)
-            json_records.write(self._target / _SUMMARIES.replace("*", self._folder.name[-8:]), _Summary(recent, self._members))
-            for path, content in contents.items():
-                atomic_files.write_bytes(self._target / path.name, content)
+            summary = {
+                path.name.removeprefix(_PREFIX): {group: asdict(one) for group, one in of_rank.items()}
+                for path, of_rank in calls.items()
+            }
+            atomic_files.write_json(self._target / _SUMMARIES.replace("*", self._folder.name[-8:]), summary)
+            for path in calls:
+                atomic_files.write_bytes(self._target / path.name, contents[path])
+                self._copied[path] = written[path]
 
 
 def answer_requests(environ: Mapping[str, str], rank: int) -> None:
@@ -175,134 +174,80 @@ def answer_requests(environ: Mapping[str, str], rank: int) -> None:
         threading.Thread(target=answer, name="flight-recorder", daemon=True).start()
 
 
-@dataclass(frozen=True)
-class Collective:
-    """A collective that a rank has called: its number in its process group, its name, and the elements of its larger side."""
-
-    number: int
-    name: str
-    num_elements: int
-    is_completed: bool
-    called_at_ns: int
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} of {self.num_elements} elements"
-
-    @property
-    def kind(self) -> tuple[str, int]:
-        """A key that differs between ranks only if they have called different collectives."""
-        return self.name, 0 if self.name.startswith(_UNEVEN) else self.num_elements
-
-
-# For each process group (`0 (default_pg)`): a rank's last completed collectives, and its first and last that have not completed.
-Calls = dict[str, tuple[Collective, ...]]
-
-
-def read_dump(content: bytes) -> tuple[Calls, Members] | None:
+def read_dump(content: bytes) -> Calls | None:
     """Return what a dump of the run's own rank shows, or None if it is not a complete one."""
     # torch writes the pickle in pieces; a complete one ends with a period.
     if not content.endswith(b"."):
         return None
-    calls: dict[str, list[Collective]] = defaultdict(list)
+    calls: Calls = {}
     try:
-        dump = pickle.loads(content)  # noqa: S301
-        for entry in dump["entries"]:
-            if not entry["is_p2p"]:
+        for entry in pickle.loads(content)["entries"]:  # noqa: S301
+            name, description = entry["process_group"]
+            group = f"{name} ({description})" if description not in ("", "undefined") else name
+            if entry["is_p2p"] or (group in calls and not calls[group].is_completed):
+                continue
+            calls[group] = Collective(
+                entry["collective_seq_id"],
                 # `nccl:_all_gather_base`
-                name = entry["profiling_name"].rpartition(":")[2].strip("_").lower()
-                num_elements = max(sum(map(math.prod, entry[sizes])) for sizes in ("input_sizes", "output_sizes"))
-                is_completed = bool(entry["retired"]) or entry["state"] == "completed"
-                collective = Collective(entry["collective_seq_id"], name, num_elements, is_completed, entry["time_created_ns"])
-                calls[_name_group(*entry["process_group"])].append(collective)
-        groups = [group for group in dump.get("pg_config", {}).values() if group["name"]]
-        members = {_name_group(group["name"], group["desc"]): tuple(map(int, json.loads(group["ranks"]))) for group in groups}
+                entry["profiling_name"].rpartition(":")[2].strip("_").lower(),
+                sum(map(math.prod, entry["input_sizes"])),
+                bool(entry["retired"]) or entry["state"] == "completed",
+                entry["time_created_ns"],
+            )
     # Damaged pickles raise almost anything.
     except Exception:
         return None
-    kept = {}
-    for group, of_group in calls.items():
-        completed, pending = ([one for one in of_group if one.is_completed is state] for state in (True, False))
-        kept[group] = (*completed[-_NUM_COMPLETED:], *pending[:1], *pending[1:][-1:])
-    return kept, members
-
-
-def _name_group(name: str, description: str) -> str:
-    return f"{name} ({description})" if description not in ("", "undefined") else name
+    return calls
 
 
 @dataclass(frozen=True)
-class _HungCollective:
-    """A process group's oldest collective that has not completed, with the ranks grouped by what is known about them.
-
-    `others` are ranks that called a different collective; `unknown` are ranks without a record.
-    """
+class _Hang:
+    """The oldest collective of a process group for which ranks wait; `others` wait in a different one of the same number."""
 
     group: str
     collective: Collective
-    waiting: frozenset[int]
-    missing: frozenset[int]
-    unknown: frozenset[int]
+    waiting: tuple[int, ...]
+    missing: tuple[int, ...]
     others: Mapping[int, Collective]
 
 
-def explain_hang(calls: Mapping[int, Calls], members: Members, world_size: int, hosts: Sequence[str]) -> str:
+def explain_hang(calls: Mapping[int, Calls], world_size: int, hosts: Sequence[str]) -> str:
     """Return a clause that names the collective for which ranks wait and the ranks that hold it up; empty if no rank waits.
 
     If ranks wait in several process groups, it is the one whose missing ranks wait in no other group: the others are
     consequences. `hosts` are the nodes in rank order.
     """
-    groups = {group for of_rank in calls.values() for group in of_rank}
-    hung = [one for group in groups if (one := _find_in_group(group, calls, members.get(group, ()), world_size)) is not None]
-    if not hung:
+    hangs: list[_Hang] = []
+    for group in {group for of_rank in calls.values() for group in of_rank}:
+        of_group = {rank: of_rank[group] for rank, of_rank in sorted(calls.items()) if group in of_rank}
+        number = min((one.number for one in of_group.values() if not one.is_completed), default=None)
+        if number is None:
+            continue
+        incomplete = {rank: one for rank, one in of_group.items() if not one.is_completed and one.number == number}
+        # The collective that differs from the majority is the mistake.
+        title = Counter(one.title for one in incomplete.values()).most_common(1)[0][0]
+        waiting = tuple(rank for rank, one in incomplete.items() if one.title == title)
+        missing = tuple(rank for rank, one in of_group.items() if one.number < number)
+        others = {rank: one for rank, one in incomplete.items() if one.title != title}
+        hangs.append(_Hang(group, incomplete[waiting[0]], waiting, missing, others))
+    if not hangs:
         return ""
-    waiting = {rank for one in hung for rank in one.waiting}
+    all_waiting = {rank for hang in hangs for rank in hang.waiting}
+    hang = min(hangs, key=lambda one: (not all_waiting.isdisjoint(one.missing), not one.missing, one.collective.called_at_ns))
 
-    def order(one: _HungCollective) -> tuple[bool, bool, int]:
-        has_culprit = bool(one.others or one.unknown or one.missing)
-        return bool(one.missing & waiting), not has_culprit, one.collective.called_at_ns
-
-    first = min(hung, key=order)
-
-    def name(unsorted: Iterable[int]) -> str:
-        """Return `rank 3 on n2` or `ranks 0-6, 8 on n1, n2`; without the node if there is only one."""
-        ranks, ranges = sorted(unsorted), list[list[int]]()
-        for rank in ranks:
-            if ranges and ranges[-1][-1] == rank - 1:
-                ranges[-1][1:] = [rank]
-            else:
-                ranges.append([rank])
-        numbers = ["-".join(map(str, one)) for one in ranges]
+    def name(ranks: Sequence[int]) -> str:
+        """Return `rank 3 on n2` or `ranks 0, 1, 2, 3 and 4 more on n1, n2`; without the node if there is only one."""
         nodes = [*dict.fromkeys(hosts[rank * len(hosts) // world_size] for rank in ranks)] if len(set(hosts)) > 1 else []
-        numbers, nodes = ([*names[:_MAX_NAMED], "..."] if len(names) > _MAX_NAMED else names for names in (numbers, nodes))
-        return f"rank{'s' * (len(ranks) > 1)} {', '.join(numbers)}" + (f" on {', '.join(nodes)}" if nodes else "")
+        numbers = f"rank{'s' * (len(ranks) > 1)} {list_first([*map(str, ranks)], _MAX_NAMED)}"
+        return f"{numbers} on {list_first(nodes, _MAX_NAMED)}" if nodes else numbers
 
-    causes = [f"{name([rank])} has called {other.title} instead" for rank, other in sorted(first.others.items())[:_MAX_NAMED]]
-    if first.missing:
-        causes.append(f"{name(first.missing)} {'has' if len(first.missing) == 1 else 'have'} not called it")
-    if first.unknown:
-        causes.append(f"{name(first.unknown)} left no record")
+    causes = [f"{name([rank])} has called {other.title} instead" for rank, other in [*hang.others.items()][:_MAX_NAMED]]
+    if hang.missing:
+        causes.append(f"{name(hang.missing)} {'has' if len(hang.missing) == 1 else 'have'} not called it")
+    if unknown := [rank for rank in range(world_size) if rank not in calls]:
+        causes.append(f"{name(unknown)} left no record")
     if not causes:
         causes.append("all have called it, and none completes it: the network or a GPU hangs")
-    title = f"collective {first.collective.number} of process group {first.group}, {first.collective.title}"
-    verb = "waits" if len(first.waiting) == 1 else "wait"
-    return f"{name(first.waiting)} {verb} in {title}; {'; '.join(causes)}"
-
-
-def _find_in_group(group: str, all_calls: Mapping[int, Calls], members: Iterable[int], world_size: int) -> _HungCollective | None:
-    calls = {rank: of_rank[group] for rank, of_rank in sorted(all_calls.items()) if group in of_rank}
-    number = min((one.number for of_rank in calls.values() for one in of_rank if not one.is_completed), default=None)
-    if number is None:
-        return None
-    called = {rank: one for rank, of_rank in calls.items() for one in of_rank if one.number == number}
-    counts = Counter(one.kind for one in called.values())
-    # The collective that differs from the majority is the mistake.
-    incomplete = [one for one in called.values() if not one.is_completed]
-    expected = max(incomplete, key=lambda one: (counts[one.kind], -one.called_at_ns))
-    others = {rank: one for rank, one in called.items() if one.kind != expected.kind}
-    waiting = frozenset(rank for rank, one in called.items() if not one.is_completed and rank not in others)
-    # Without members, all ranks are in the first group, and a rank is in any group that it has used.
-    expected_ranks = frozenset(members or (range(world_size) if group.partition(" ")[0] == "0" else calls))
-    last = {rank: max(one.number for one in of_rank) for rank, of_rank in calls.items()}
-    missing = frozenset(rank for rank in expected_ranks & all_calls.keys() if last.get(rank, -1) < number)
-    return _HungCollective(group, expected, waiting, missing, expected_ranks - all_calls.keys(), others)
+    title = f"collective {hang.collective.number} of process group {hang.group}, {hang.collective.title}"
+    verb = "waits" if len(hang.waiting) == 1 else "wait"
+    return f"{name(hang.waiting)} {verb} in {title}; {'; '.join(causes)}"

@@ -20,7 +20,7 @@ from pace import wait_for
 
 from launcher.plan.run_dir import RunDir
 from launcher.runs.run_records import Attempt
-from launcher.worker.ranks.flight_recorder import Calls, FlightRecorder, Members, explain_hang, read_dump
+from launcher.worker.ranks.flight_recorder import Calls, FlightRecorder, explain_hang, read_dump
 from launcher.worker.ranks.fork_server import find_differing
 
 STALL_S = 600.0
@@ -28,8 +28,8 @@ NODES, RANKS_PER_NODE = 64, 8
 Call = tuple[str, str, Sequence[int]]
 GATHER: Call = ("nccl:_all_gather_base", "BFloat16", (1024, 1024))
 REDUCE: Call = ("nccl:_reduce_scatter_base", "Float", (512, 1024))
-WORLD = {"name": "0", "desc": "default_pg", "ranks": "[0, 1, 2, 3]"}
-NODE = {"name": "1", "desc": "undefined", "ranks": "[2, 3]"}
+WORLD = {"name": "0", "desc": "default_pg"}
+NODE = {"name": "1", "desc": "undefined"}
 HOSTS = ("n1", "n2")
 TITLE = "in collective 8 of process group 0 (default_pg), all_gather_base of 1048576 elements"
 
@@ -57,7 +57,7 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     ranks.start()
     try:
         wait_for("the ranks", lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(3)))
-        title = "ranks 0-1 on n1, n2 wait in collective 3 of process group 0 (default_pg), all_gather of 3072 elements"
+        title = "ranks 0, 1 on n1, n2 wait in collective 3 of process group 0 (default_pg), all_gather of 1024 elements"
 
         def explain(*asked: int) -> str:
             recorder.request(asked)
@@ -75,7 +75,7 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     assert {path.name for path in published.glob("rank-*")} == {"rank-0", "rank-1", "rank-2"}, "for torchfrtrace"
     # Records from before a restart are too old to be used with others.
     (summaries,) = published.glob("summary-*.json")
-    (published / "summary-later.json").write_text('{"ranks": {}, "members": {}}')
+    (published / "summary-later.json").write_text("{}")
     reader = FlightRecorder(run, 1, 3, STALL_S)
     assert reader.explain().startswith(title)
     os.utime(summaries, (0, 0))
@@ -104,9 +104,8 @@ def test_a_rank_with_nccl_answers_by_itself(rank_server: RankServer, run: RunDir
         recorder.close(environ)
     recorded = read_dump(written.read_bytes())
     assert recorded is not None
-    ((group, (summed,)),) = recorded[0].items()
+    ((group, summed),) = recorded.items()
     assert (group, summed.name, summed.num_elements, summed.is_completed) == ("0 (default_pg)", "all_reduce", 1024, True)
-    assert recorded[1][group] == (0,)
 
 
 def entry(number: int, call: Call, state: str, group: dict[str, str] = WORLD, at: int = 0) -> dict[str, Any]:
@@ -131,8 +130,8 @@ def entry(number: int, call: Call, state: str, group: dict[str, str] = WORLD, at
     }
 
 
-def dump(*entries: dict[str, Any]) -> tuple[Calls, Members]:
-    record = {"version": "2.10", "pg_config": {"0": WORLD, "1": NODE}, "entries": [*entries]}
+def dump(*entries: dict[str, Any]) -> Calls:
+    record = {"version": "2.10", "entries": [*entries]}
     parsed = read_dump(pickle.dumps(record, protocol=2))
     assert parsed is not None
     return parsed
@@ -142,38 +141,37 @@ DONE = entry(7, GATHER, "completed")
 WAITS = dump(DONE, entry(8, GATHER, "started"), entry(9, REDUCE, "scheduled"))
 
 
-def explain(dumps: dict[int, tuple[Calls, Members]], hosts: Sequence[str] = HOSTS) -> str:
-    members = {group: ranks for _, of_rank in dumps.values() for group, ranks in of_rank.items()}
-    return explain_hang({rank: calls for rank, (calls, _) in dumps.items()}, members, 4, hosts)
+def explain(dumps: dict[int, Calls], hosts: Sequence[str] = HOSTS) -> str:
+    return explain_hang(dumps, 4, hosts)
 
 
 @pytest.mark.parametrize(
     ("last", "explanation"),
     [
-        (dump(DONE), f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 has not called it"),
-        (None, f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 left no record"),
+        (dump(DONE), f"ranks 0, 1, 2 on n1, n2 wait {TITLE}; rank 3 on n2 has not called it"),
+        (None, f"ranks 0, 1, 2 on n1, n2 wait {TITLE}; rank 3 on n2 left no record"),
         (
             dump(DONE, entry(8, REDUCE, "started")),
-            f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 has called reduce_scatter_base of 524288 elements instead",
+            f"ranks 0, 1, 2 on n1, n2 wait {TITLE}; rank 3 on n2 has called reduce_scatter_base of 524288 elements instead",
         ),
         (
             dump(DONE, entry(8, ("nccl:_all_gather_base", "BFloat16", (1024, 2)), "started")),
-            f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 has called all_gather_base of 2048 elements instead",
+            f"ranks 0, 1, 2 on n1, n2 wait {TITLE}; rank 3 on n2 has called all_gather_base of 2048 elements instead",
         ),
         (
             WAITS,
-            f"ranks 0-3 on n1, n2 wait {TITLE}; all have called it, and none completes it: the network or a GPU hangs",
+            f"ranks 0, 1, 2, 3 on n1, n2 wait {TITLE}; all have called it, and none completes it: the network or a GPU hangs",
         ),
     ],
 )
-def test_the_verdict_names_collective_ranks_and_nodes(last: tuple[Calls, Members] | None, explanation: str) -> None:
+def test_the_verdict_names_collective_ranks_and_nodes(last: Calls | None, explanation: str) -> None:
     dumps = {0: WAITS, 1: WAITS, 2: WAITS, 3: last}
     assert explain({rank: one for rank, one in dumps.items() if one is not None}) == explanation
 
 
 def test_a_run_on_one_node_names_no_node() -> None:
     assert (
-        explain({0: WAITS, 1: WAITS, 3: WAITS, 2: dump(DONE)}, ("n1",)) == f"ranks 0-1, 3 wait {TITLE}; rank 2 has not called it"
+        explain({0: WAITS, 1: WAITS, 3: WAITS, 2: dump(DONE)}, ("n1",)) == f"ranks 0, 1, 3 wait {TITLE}; rank 2 has not called it"
     )
 
 
