@@ -37,6 +37,8 @@ _POLL_S = 0.2
 # Storage that does not answer must not stop the watchdog from killing a rank, or the agent from ending.
 _READING_S, _CLOSING_S = 5.0, 10.0
 _MAX_NAMED = 4
+# Collectives whose sizes may differ between ranks.
+_UNEVEN = ("gather", "scatter", "all_to_all", "alltoall")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Collective:
 
     @property
     def title(self) -> str:
-        return f"{self.name} of {self.num_elements} elements"
+        """The name and the size; only the name if ranks may call the same collective with other sizes."""
+        return self.name if self.name.startswith(_UNEVEN) else f"{self.name} of {self.num_elements} elements"
 
 
 # For each process group (`0 (default_pg)`): a rank's first collective that has not completed, or else its last one.
@@ -227,7 +230,9 @@ def explain_hang(calls: Mapping[int, Calls], world_size: int, hosts: Sequence[st
         # The collective that differs from the majority is the mistake.
         title = Counter(one.title for one in incomplete.values()).most_common(1)[0][0]
         waiting = tuple(rank for rank, one in incomplete.items() if one.title == title)
-        missing = tuple(rank for rank, one in of_group.items() if one.number < number)
+        # Every rank is in the first group, also a rank that has not used it yet.
+        expected = calls if group.partition(" ")[0] == "0" else of_group
+        missing = tuple(rank for rank in sorted(expected) if rank not in of_group or of_group[rank].number < number)
         others = {rank: one for rank, one in incomplete.items() if one.title != title}
         hangs.append(_Hang(group, incomplete[waiting[0]], waiting, missing, others))
     if not hangs:

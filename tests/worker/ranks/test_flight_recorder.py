@@ -137,6 +137,7 @@ def dump(*entries: dict[str, Any]) -> Calls:
     return parsed
 
 
+UNEVEN = [dump(entry(8, ("nccl:all_to_all", "Float", (size,)), "started")) for size in (5, 7, 9)]
 DONE = entry(7, GATHER, "completed")
 WAITS = dump(DONE, entry(8, GATHER, "started"), entry(9, REDUCE, "scheduled"))
 
@@ -173,6 +174,11 @@ def test_a_run_on_one_node_names_no_node() -> None:
     assert (
         explain({0: WAITS, 1: WAITS, 3: WAITS, 2: dump(DONE)}, ("n1",)) == f"ranks 0, 1, 3 wait {TITLE}; rank 2 has not called it"
     )
+
+
+def test_ranks_that_never_used_the_first_group_are_missing_and_sizes_may_differ_where_collectives_allow_it() -> None:
+    called = "in collective 8 of process group 0 (default_pg), all_to_all; rank 3 on n2 has not called it"
+    assert explain({**dict(enumerate(UNEVEN)), 3: dump()}) == f"ranks 0, 1, 2 on n1, n2 wait {called}"
 
 
 def test_of_groups_that_wait_for_each_other_the_one_is_named_that_holds_the_culprit() -> None:
