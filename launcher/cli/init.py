@@ -301,8 +301,7 @@ def apply_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def _suggest_for_data(config: RunConfig, report: dict[str, Any], sample: DataSample, chosen: dict[str, Any]) -> list[Suggestion]:
     """Return the settings that train every part of long texts, and hold out enough documents of small data for an evaluation."""
     suggestions = []
-    is_text = all(source["format"] == "text" for source in report["sources"])
-    if is_text and "data.long_documents" not in chosen and report["longest"] > config.data.max_length:
+    if report["is_text"] and "data.long_documents" not in chosen and report["longest"] > config.data.max_length:
         # Texts have no answers that begin in another row.
         reason = "all of a text that is longer than a row is trained; truncate cuts its end off"
         suggestions.append(Suggestion("data.long_documents", "split", reason))
@@ -361,8 +360,7 @@ def _describe_machines(topology: Topology, node: DeviceFacts, config: RunConfig)
 def _describe_data(sample_report: dict[str, Any], data: str | None) -> list[str]:
     lines = ["Settings of a run: docs/run-file.md. Every key is in docs/settings.md."]
     for source in sample_report["sources"]:
-        form = f" in the {source['format']} format" if source["format"] else ""
-        lines.append(f"{data or source['path']}: {format_count(source['num_rows'], 'row')}{form}.")
+        lines.append(f"{data or source['path']}: {format_count(source['num_rows'], 'row')}.")
     counted = "tokens" if sample_report["is_measured"] else "tokens (estimated)"
     lines.append(
         "Of {num_sampled:,} documents, half have up to {p50:,} {counted}, 90 of 100 up to {p90:,}, 99 of 100 up to {p99:,}; "

@@ -45,6 +45,7 @@ from launcher.data.tokenization.batch_encoder import (
 )
 from launcher.data.triage import read_exclusions
 from launcher.errors import DataError
+from launcher.plan.quantities import format_count
 
 # More prompts than are kept, because the checks may drop some of their documents.
 _NUM_CANDIDATES = 16 * NUM_PROMPTS
@@ -113,30 +114,29 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     unread_keys = [Counter[str]() for _ in list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
     bad_rows = np.zeros(len(unread_keys), dtype=np.int64)
-    for encoded in encode_batches(_list_tasks(data, problems), data, tokenizer_path):
-        problems.merge(encoded.problems)
-        bad_rows[encoded.source] += encoded.problems.num_rows
-        problems.num_usable += sum(len(batch.docs.wheres) for batch in encoded.batches)
-        for batch in encoded.batches:
-            spool.add(batch.tokens, batch.trained)
-            max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
-            unread_keys[encoded.source].update(batch.unread_keys)
-            completions[encoded.source] += (batch.num_completions, batch.num_written_as_chat)
-            hits += [(num_docs + i, hit) for i, hit in batch.hits]
-            for held_out, candidates in prompts.items():
-                candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]
-                prompts[held_out] = heapq.nsmallest(_NUM_CANDIDATES, candidates, key=lambda prompt: prompt.rank)
-            # Do not keep the batch itself, because its tokens would stay in memory.
-            docs.append(batch.docs)
-            pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
-            num_docs += len(batch.docs.wheres)
-            on_progress("tokenize", num_docs, max(total, num_docs))
+    for batch in encode_batches(_list_tasks(data, problems), data, tokenizer_path):
+        problems.merge(batch.problems)
+        bad_rows[batch.source] += batch.problems.num_rows
+        spool.add(batch.tokens, batch.trained)
+        max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
+        unread_keys[batch.source].update(batch.unread_keys)
+        completions[batch.source] += (batch.num_completions, batch.num_written_as_chat)
+        hits += [(num_docs + i, hit) for i, hit in batch.hits]
+        for held_out, candidates in prompts.items():
+            candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]
+            prompts[held_out] = heapq.nsmallest(_NUM_CANDIDATES, candidates, key=lambda prompt: prompt.rank)
+        # Do not keep the batch itself, because its tokens would stay in memory.
+        docs.append(batch.docs)
+        pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
+        num_docs += len(batch.docs.wheres)
+        on_progress("tokenize", num_docs, max(total, num_docs))
         if problems.refused(data.checks).is_full:
             break
     on_progress("tokenize", num_docs, num_docs)
-    if not docs:
+    if not num_docs and len(problems):
         raise DataError(problems.to_list())
     table = _concatenate(docs)
+    _check_kinds(table, data, problems)
     # Documents of a common prompt are held out one by one. Keeping all of them in one split would make the held-out split several
     # times too large, or remove most documents from it.
     _, group, counts = np.unique(table.prompts, return_inverse=True, return_counts=True)
@@ -145,6 +145,20 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     table = replace(table, held_out=np.where(is_common, is_below(table.splits_alone, data.eval_fraction), table.held_out))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
     return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems, bad_rows)
+
+
+def _check_kinds(docs: DocumentTable, data: DataSection, problems: RowProblems) -> None:
+    """Refuse a source without a set format that holds both text and answers, because every token of a text is trained."""
+    for number, source in enumerate(list_inputs(data)):
+        is_text, of_answers = ((docs.source == number) & (docs.is_text == value) for value in (True, False))
+        if source.format == "auto" and source.is_read and is_text.any() and of_answers.any():
+            message = (
+                f"the source {source.name} holds {format_count(int(of_answers.sum()), 'row')} with answers and "
+                f"{format_count(int(is_text.sum()), 'row')} of plain text, of which every token would be trained"
+            )
+            where = f"{docs.wheres[is_text.argmax()]}; {docs.wheres[of_answers.argmax()]}"
+            remedy = "set the source's format, or keep the texts in a file of their own, as another entry of data.sources"
+            problems.add_file(DataError(message, where=where, remedy=remedy))
 
 
 def _concatenate(tables: Sequence[Columns]) -> Columns:

@@ -1,8 +1,8 @@
 """Inspects the data and the model of a run that is being set up: `python -m launcher.worker.data_sample`.
 
-Reads a RunConfig as JSON from standard input. Prints one JSON object: each source's format and number of rows, document lengths
-in tokens, and the model's config.json if only the Hub has it. Tokens are counted with the model's tokenizer if it is on this
-machine or can be fetched; otherwise characters are counted. The only thing written is the conversion of a GGUF file.
+Reads a RunConfig as JSON from standard input. Prints one JSON object: each source's number of rows, whether all are plain text,
+document lengths in tokens, and the config.json of a model on the Hub. Tokens are counted with the model's tokenizer if it is
+on this machine or can be fetched; otherwise characters are counted. The only thing written is the conversion of a GGUF file.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def sample_data(config: RunConfig) -> dict[str, Any]:
     documents: list[Document] = []
     for source in config.data.sources:
         if source.is_read:
-            sampled, row_format, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
-            row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
+            sampled, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
+            row_sources.append({"name": source.name, "path": source.path, "num_rows": num_rows})
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
         folder, model_config, note = _find_tokenizer(config, Path(fetched))
@@ -59,6 +59,7 @@ def sample_data(config: RunConfig) -> dict[str, Any]:
     lengths.sort()
     return {
         "sources": row_sources,
+        "is_text": not any(document.messages or document.prompt for document in documents),
         "num_sampled": len(lengths),
         "is_measured": not (note or problem),
         "mean": sum(lengths) / max(1, len(lengths)),
@@ -69,15 +70,13 @@ def sample_data(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _sample_rows(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], str | None, int]:
-    """Return documents from all parts of a source, the format of its rows (None if they have none), and their number."""
+def _sample_rows(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], int]:
+    """Return documents from all parts of a source, and the number of its rows."""
     # Batches are parsed as a whole; taking every step-th batch spreads the documents over the files.
     step = max(1, upper_bound // _NUM_SAMPLED)
     kept: list[Document] = []
-    row_format: str | None = None if source.format == "auto" else source.format
     num_rows = 0
     for number, batch in enumerate(read_batches(source)):
-        row_format = batch.format or row_format
         usable = list_usable(batch, checks)
         if number % step == 0 and len(kept) < _NUM_SAMPLED:
             kept += [document for document, _ in usable][: _NUM_SAMPLED - len(kept)]
@@ -90,7 +89,7 @@ def _sample_rows(source: Source, upper_bound: int, checks: ChecksSection) -> tup
             num_rows += upper_bound if is_table else sum(1 for line in rows.splitlines() if line.strip())
         else:
             num_rows += len(rows)
-    return kept, row_format, min(num_rows, upper_bound)
+    return kept, min(num_rows, upper_bound)
 
 
 def _find_tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:

@@ -71,7 +71,7 @@ def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -
     for command in ("data chats.yaml", "plan chats.yaml", "train chats.yaml"):
         assert f"  python -m launcher {command}\n" in out
     text = Path("chats.yaml").read_text()
-    assert "# chats.jsonl: 3,000 rows in the messages format." in text
+    assert "# chats.jsonl: 3,000 rows." in text
     content = yaml.safe_load(text)
     assert content["model"] == "tiny"
     assert content["data"] == {"base": "jsonl", "path": "chats.jsonl", "max_length": 256, "eval_fraction": 0.04}

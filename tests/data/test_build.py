@@ -253,10 +253,10 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
         )
 
     lines = [chat(f"word {i} " * (40 if i % 2 else 1)) for i in range(40)]
-    # Faulty rows occur both before and after the first row whose keys determine the format.
+    # Faulty rows occur both before and after the first usable row.
     lines[1] = json.dumps({"note": "the keys of no format"})
     lines[0] = lines[7] = lines[30] = lines[31] = "{broken"
-    lines[8], lines[9] = json.dumps({"messages": "none"}), json.dumps({"text": "no messages"})
+    lines[8], lines[9] = json.dumps({"messages": "none"}), json.dumps({"remark": "no messages"})
     lines[20], lines[21] = chat("word", "Be brief."), chat("word", "Be long.")
     path, template = tmp_path / "faulty.jsonl", tmp_path / "refusing.jinja"
     path.write_text("".join(f"{line}\n" for line in lines))
@@ -294,6 +294,17 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
     assert len(usable) == 33
     with pytest.raises(DataError, match="the line is not JSON"):
         list(read_documents(sources[0], data.checks))
+
+
+def test_a_source_of_texts_and_answers_is_refused_unless_its_format_is_set(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    path = jsonl([{"prompt": "1+1=", "completion": "2"}, {"text": "1+1=2"}, {"prompt": "1+2=", "completion": "3"}])
+    data = DataSection(sources=(Source(path=str(path)),), max_length=64, workers=1)
+    with pytest.raises(DataError, match="2 rows with answers and 1 row of plain text") as caught:
+        build(data, str(tokenizer_dir))
+    assert [problem.where for problem in caught.value.problems] == [f"{path}:2; {path}:1"]
+    named = data.model_copy(update={"sources": (Source(path=str(path), format="text"),)})
+    with pytest.raises(DataError, match="text"):
+        build(named, str(tokenizer_dir))
 
 
 @pytest.mark.parametrize("fault", ["template syntax", "ids"])

@@ -74,7 +74,7 @@ class RowSource(SettingsSection):
             "messages: a list of {role, content}, as in OpenAI's fine-tuning files; sharegpt: conversations of {from, value}; "
             "alpaca: instruction, input and output; prompt_completion: prompt and completion, as texts or lists of messages; "
             "question_answer: question and answer; text: every token is trained (each line of a .txt file is a document). auto: "
-            "chosen by the keys of the first row."
+            "chosen by the keys of each row."
         ),
     )
     completions: Literal["auto", "chat", "text"] = Field(

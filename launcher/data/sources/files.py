@@ -12,18 +12,17 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from launcher.data.sources.documents import Row, a_json_type, list_names, refuse, safe_excerpt
+from launcher.errors import DataError
 from launcher.runs import atomic_files
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
-# Kinds whose rows are lines, which are cut into blocks unparsed.
-_LINE_KINDS = ("jsonl", "txt")
 COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
@@ -31,6 +30,7 @@ _BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 256
 _COPY_AGAIN = "copy or download the file again"
 Item = TypeVar("Item")
+OnProblem = Callable[[DataError], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
     """
     with _open_file(path, name) as file:
         kind = _detect_file_kind(file, name)
-        if kind in _LINE_KINDS:
+        if kind in ("jsonl", "txt"):
+            # Rows are lines, which are cut into blocks unparsed.
             for first, lines in _group((line, len(line)) for line in file):
                 yield Block(kind, name, first, b"".join(lines))
         elif kind == "parquet":
@@ -92,8 +93,16 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
                 yield Block(kind, name, first, tuple(group))
 
 
-def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
-    """Yield each row of a block with its place, file:line or file:row N. Raises DataError with the place."""
+def raise_problem(error: DataError) -> None:
+    """Raise the problem of a row: what happens to unusable rows unless they are collected or left out."""
+    raise error
+
+
+def parse_block(block: Block, on_problem: OnProblem = raise_problem) -> Iterator[tuple[Row, str]]:
+    """Yield each row of a block with its place, file:line or file:row N; call `on_problem` for each line that is unusable.
+
+    Raises DataError if a part of a table cannot be read, so that its rows are unknown.
+    """
     if not isinstance(block.data, bytes):
         yield from block.data
     elif block.kind == "parquet":
@@ -108,33 +117,31 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
             yield {key: _remove_nulls(value) for key, value in row.items()}, f"{block.name}:row {number}"
     else:
         for number, line in enumerate(io.BytesIO(block.data), start=block.first):
-            text, where = _decode(line, block.name, number).rstrip("\r\n"), f"{block.name}:{number}"
-            if not text or (text.isspace() and block.kind == "jsonl"):
-                continue
-            if block.kind == "txt":
-                yield {"text": text}, where
-                continue
+            where = f"{block.name}:{number}"
             try:
-                row = _DECODER.decode(text)
-            except json.JSONDecodeError as error:
-                remedy = "write one complete JSON object per line, as Python's json.dumps does"
-                refuse(f"the line is not JSON: {error.msg}", f"{where}:{error.colno}", remedy)
-            except (RecursionError, ValueError) as error:
-                _refuse_value(error, where)
-            if not isinstance(row, dict):
-                remedy = "write one JSON object per line, or one array of objects"
-                refuse(f"the line holds {a_json_type(row)}, not an object", where, remedy)
-            yield row, where
+                text = _decode(line, block.name, number).rstrip("\r\n")
+                row = {"text": text} if block.kind == "txt" else _parse_line(text, where)
+            except DataError as error:
+                on_problem(error)
+            else:
+                if text and row is not None:
+                    yield row, where
 
 
-def split_block(block: Block) -> Iterator[Block]:
-    """Yield a block for each row of `block`. Raises DataError if a part of a table cannot be read."""
-    if isinstance(block.data, bytes) and block.kind in _LINE_KINDS:
-        for number, line in enumerate(io.BytesIO(block.data), start=block.first):
-            yield Block(block.kind, block.name, number, line)
-    else:
-        for number, row in enumerate(parse_block(block), start=block.first):
-            yield Block(block.kind, block.name, number, (row,))
+def _parse_line(text: str, where: str) -> Row | None:
+    if not text.strip():
+        return None
+    try:
+        row = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        remedy = "write one complete JSON object per line, as Python's json.dumps does"
+        refuse(f"the line is not JSON: {error.msg}", f"{where}:{error.colno}", remedy)
+    except (RecursionError, ValueError) as error:
+        _refuse_value(error, where)
+    if not isinstance(row, dict):
+        remedy = "write one JSON object per line, or one array of objects"
+        refuse(f"the line holds {a_json_type(row)}, not an object", where, remedy)
+    return row
 
 
 def count_file_rows(path: Path, name: str) -> int:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from launcher.config.sections.data import COLUMNS_EXAMPLE
+from launcher.config.sections.data import COLUMNS_EXAMPLE, RowSource
 from launcher.data.sources.documents import (
     ROLES,
     Document,
@@ -67,7 +67,6 @@ NUM_KEYS_SHOWN = 20
 # Keys for whether the answer is good: TRL and ms-swift; LLaMA-Factory.
 _VERDICT_KEYS = ("label", "kto_tag")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
-_OTHER_TRAINING = frozenset((*_VERDICT_KEYS, *_MEDIA_KEYS))
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class RowFormat:
 
 def parse_messages(row: Row, where: str) -> Document:
     """Parse a list of {role, content}, as in OpenAI's fine-tuning files."""
-    key = find_chat_key(row, "messages")
+    key = next((key for key in FORMATS["messages"].chat_keys if key in row), "messages")
     messages = tuple(parse_message(item, f"{key}[{i}]", where) for i, item in enumerate(read_messages(row, key, where)))
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
     return Document(where, _add_system(row, messages, where), parse_tools(tools, where))
@@ -107,7 +106,7 @@ def parse_messages(row: Row, where: str) -> Document:
 
 def parse_sharegpt(row: Row, where: str) -> Document:
     """Parse a list of {from, value}."""
-    key = find_chat_key(row, "sharegpt")
+    key = next((key for key in FORMATS["sharegpt"].chat_keys if key in row), "conversations")
     messages = []
     for i, item in enumerate(read_messages(row, key, where)):
         key_path = f"{key}[{i}]"
@@ -245,12 +244,6 @@ def detect_format(row: Row, where: str) -> str:
     refuse(f"the keys of the row match no known format ({list_keys(row)})", where, remedy)
 
 
-def find_chat_key(keys: Container[str], format: str) -> str:
-    """Return which key of a row holds its messages, for a format with `chat_keys`."""
-    chat_keys = FORMATS[format].chat_keys
-    return next((key for key in chat_keys if key in keys), chat_keys[0])
-
-
 def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
     """Rename the row's own keys to those of the formats, by `columns` (format's key to row's key).
 
@@ -267,8 +260,9 @@ def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
                 where,
                 f"name a key that the rows have in the source's columns: {COLUMNS_EXAMPLE}",
             )
-    # If another key of the row has the name of a mapped column, it is a different column.
-    return {key: value for key, value in row.items() if key not in columns and key not in columns.values()} | values
+    # If another key of the row has the name of a mapped column, it is a different column. An object with a mapped key is read.
+    used = {*columns, *columns.values(), *(own_key.split(".")[0] for own_key in columns.values())}
+    return {key: value for key, value in row.items() if key not in used} | values
 
 
 # Messages and tools
@@ -399,69 +393,38 @@ def parse_tools(tools: Any, where: str) -> tuple[Row, ...]:
 # Keys that no format reads
 
 
-@dataclass(frozen=True, slots=True)
-class RowKeys:
-    """The keys that are read from a source's rows, by the rows' own names; `format` is "" if it is not known yet."""
+def parse_row(row: Row, source: RowSource, where: str, unread_keys: Counter[str]) -> Document:
+    """Parse a row of `source`; count each unread, non-empty key of the row and of its messages in `unread_keys`.
 
-    format: str
-    read: frozenset[str]
-    ignored: frozenset[str]
-    chat_keys: tuple[str, ...]
-    # Keys that hold either text or a list of messages.
-    turn_keys: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
-        """Create it from `columns` (format's key to row's key) and the keys `ignored` that are deliberately left unread."""
-        own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else [*columns.values()]
-        # If the key is within an object, the object is a key of the row.
-        read = frozenset((*own_names, *(name.split(".")[0] for name in own_names))) - frozenset(ignored)
-
-        def name_own(keys: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(own for key in keys if (own := columns.get(key, key)) in read)
-
-        chat_keys, turn_keys = (FORMATS[format].chat_keys, FORMATS[format].turn_keys) if format else ((), ())
-        return cls(format, read, frozenset(ignored), name_own(chat_keys), name_own(turn_keys))
-
-    def check(self, row: Row, where: str, counts: Counter[str]) -> Row:
-        """Count each unread, non-empty key of the row and of its messages in `counts`.
-
-        Return the row without the ignored keys, with the JSON text of its messages parsed.
-
-        Raises:
-            DataError: for keys of another kind of training, unless they are deliberately ignored.
-        """
-        unread: Set[str] = row.keys() - self.read
-        present = [key for key in self.chat_keys if find_value(row, key) is not None]
-        if len(present) > 1:
-            unread = unread | {present[1]}
-        if not _OTHER_TRAINING.isdisjoint(marks := unread - self.ignored):
-            if self.format not in ("", "text"):
-                # Tables may hold false as text; 0 may be a class label.
-                for key in (key for key in _VERDICT_KEYS if key in marks and str(row[key]).lower() == "false"):
-                    problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
-                    _refuse_keys(problem, where, (key,))
-            _refuse_media(row, marks, "the row", where)
-        counts.update(key for key in unread if not _is_empty(find_value(row, key)))
-        if present:
-            items = from_json(find_value(row, present[0]))
-            self._check_messages(items, present[0], where, counts)
-            row = row if items is row.get(present[0]) else {**row, present[0]: items}
-        for key in self.turn_keys:
-            if isinstance(items := find_value(row, key), list):
-                self._check_messages(items, key, where, counts)
-        return {key: value for key, value in row.items() if key not in self.ignored} if self.ignored else row
-
-    def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
-        """Check the keys of messages; the format handles anything except a list of objects."""
-        known = FORMATS[self.format].message_keys
-        unread = set()
+    The format `auto` is detected for each row. Raises DataError, also for keys of another kind of training, unless the source
+    ignores them.
+    """
+    ignored = frozenset(source.ignored_keys)
+    if ignored:
+        row = {key: value for key, value in row.items() if key not in ignored}
+    row = rename_columns(row, source.columns, where)
+    name = detect_format(row, where) if source.format == "auto" else source.format
+    row_format = FORMATS[name]
+    chat_keys = [key for key in row_format.chat_keys if row.get(key) is not None]
+    unread = {*(row.keys() - row_format.keys), *chat_keys[1:]}
+    if name != "text":
+        # Tables may hold false as text; 0 may be a class label.
+        for key in (key for key in _VERDICT_KEYS if key in unread and str(row[key]).lower() == "false"):
+            problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
+            _refuse_keys(problem, where, (key,))
+    _refuse_media(row, unread, "the row", where)
+    unread_keys.update(key for key in unread if not _is_empty(row[key]))
+    unread_of_messages = set()
+    for key in (*chat_keys[:1], *row_format.turn_keys):
+        # The format handles anything except a list of objects.
+        items = from_json(row.get(key))
         for i, item in enumerate(items if isinstance(items, list) else ()):
-            if isinstance(item, dict) and not item.keys() <= known:
-                others = {other for other in item.keys() - known if not _is_empty(item[other])}
-                _refuse_media(item, others - self.ignored, f"{key}[{i}]", where)
-                unread |= {f"{key}[].{other}" for other in others}
-        counts.update(unread)
+            if isinstance(item, dict) and not item.keys() <= row_format.message_keys:
+                others = {other for other in item.keys() - row_format.message_keys if not _is_empty(item[other])}
+                _refuse_media(item, others - ignored, f"{key}[{i}]", where)
+                unread_of_messages |= {f"{key}[].{other}" for other in others}
+    unread_keys.update(unread_of_messages)
+    return row_format.parse(row, where)
 
 
 def _refuse_keys(problem: str, where: str, keys: Sequence[str]) -> NoReturn:

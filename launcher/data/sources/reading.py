@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
@@ -18,14 +18,12 @@ from launcher.config.sections.data import ChecksSection, DataSection, RowSource,
 from launcher.config.sections.evaluation import EvalSet
 from launcher.data.sources import locate
 from launcher.data.sources.builtin import BUILTINS
-from launcher.data.sources.documents import Document, Row, refuse
-from launcher.data.sources.files import BLOCK_ROWS, Block, count_file_rows, parse_block, read_blocks, split_block
-from launcher.data.sources.formats import FORMATS, RowKeys, detect_format, rename_columns
+from launcher.data.sources.documents import Document, refuse
+from launcher.data.sources.files import BLOCK_ROWS, Block, OnProblem, count_file_rows, parse_block, raise_problem, read_blocks
+from launcher.data.sources.formats import parse_row
 from launcher.data.sources.locate import HELD_OUT
 from launcher.errors import DataError, Problem
 
-# For batches in which no row can be parsed.
-_ANY_FORMAT = "text"
 # Names of files in the report.
 _NUM_NAMES = 10
 
@@ -154,82 +152,46 @@ class DocumentBatch:
     """
 
     rows: Block | tuple[tuple[Document, bool], ...]
-    format: str = ""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    ignored_keys: tuple[str, ...] = ()
+    source: Source
 
-    def split(self) -> Iterator[DocumentBatch]:
-        """Yield a batch per row, so that rows next to an unusable row can be read. Raises DataError as `documents` does."""
-        rows = split_block(self.rows) if isinstance(self.rows, Block) else ((row,) for row in self.rows)
-        for row in rows:
-            yield replace(self, rows=row)
+    def documents(self, unread_keys: Counter[str], on_problem: OnProblem = raise_problem) -> Iterator[tuple[Document, bool]]:
+        """Yield each document with True if the source itself holds it out; call `on_problem` for each unusable row.
 
-    def documents(self, unread_keys: Counter[str]) -> Iterator[tuple[Document, bool]]:
-        """Yield each document with True if the source itself holds it out; add counts of unread keys to `unread_keys`.
-
-        Raises:
-            DataError: if a row cannot be used, with its place.
+        Adds counts of unread keys to `unread_keys`. Raises DataError if a part of a file cannot be read.
         """
         if not isinstance(self.rows, Block):
             yield from self.rows
             return
-        parse = FORMATS[self.format].parse
-        keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
-        for row, where in parse_block(self.rows):
-            yield parse(rename_columns(keys.check(row, where, unread_keys), self.columns, where), where), False
+        for row, where in parse_block(self.rows, on_problem):
+            try:
+                document = parse_row(row, self.source, where, unread_keys)
+            except DataError as error:
+                on_problem(error)
+            else:
+                yield document, False
 
 
-def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
-    """Yield the source's documents in batches, unparsed if possible. The format `auto` means that of the first row with
-    the keys of a known format.
+def read_batches(source: Source, on_problem: OnProblem = raise_problem) -> Iterator[DocumentBatch]:
+    """Yield the source's documents in batches, unparsed if possible.
 
-    If given, `on_problem` is called for an unreadable file, and reading continues with the other files.
-
-    Raises:
-        DataError: if a file cannot be read, with the place.
+    `on_problem` is called for an unreadable file; unless it raises, reading continues with the other files.
     """
     if source.path in BUILTINS:
         of_source = BUILTINS[source.path].read()
         while documents := tuple(itertools.islice(of_source, BLOCK_ROWS)):
-            yield DocumentBatch(documents)
+            yield DocumentBatch(documents, source)
         return
-    format: str = "" if source.format == "auto" else source.format
     has_rows = False
     for file in locate.find_files(source).fetch():
         try:
             for block in read_blocks(file.path, file.name):
-                if not (format and has_rows):
-                    rows: list[tuple[Row, str]] = []
-                    for one in split_block(block):
-                        try:
-                            rows += parse_block(one)
-                        except DataError:
-                            # Reported when the batch is encoded.
-                            has_rows = True
-                    has_rows = has_rows or bool(rows)
-                    format = format or _detect_first_format(rows, source)
-                yield DocumentBatch(block, format or _ANY_FORMAT, source.columns, source.ignored_keys)
+                has_rows = has_rows or bool(block.data.strip() if isinstance(block.data, bytes) else block.data)
+                yield DocumentBatch(block, source)
         except DataError as error:
-            if on_problem is None:
-                raise
             has_rows = True
             on_problem(error)
     if not has_rows:
         refuse("the source holds no rows", source.path, "add rows to it, or remove the source")
-
-
-def _detect_first_format(rows: Sequence[tuple[Row, str]], source: Source) -> str:
-    """Return the format of the first row that has the keys of one; empty without rows. Raises DataError for the first row."""
-    keys = RowKeys.of("", source.columns, source.ignored_keys)
-    first: DataError | None = None
-    for row, where in rows:
-        try:
-            return detect_format(rename_columns(keys.check(row, where, Counter()), source.columns, where), where)
-        except DataError as error:
-            first = first or error
-    if first is not None:
-        raise first
-    return ""
 
 
 def find_row_problems(source: Source) -> RowProblems:
@@ -237,7 +199,7 @@ def find_row_problems(source: Source) -> RowProblems:
     problems = RowProblems()
     try:
         for batch in read_batches(source, problems.add_file):
-            problems.num_usable += sum(1 for _ in parse_usable(batch, problems.add_row))
+            problems.num_usable += sum(1 for _ in batch.documents(Counter(), problems.add_row))
             if problems.is_full:
                 break
     except DataError as error:
@@ -245,27 +207,10 @@ def find_row_problems(source: Source) -> RowProblems:
     return problems
 
 
-def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) -> Iterator[tuple[Document, bool]]:
-    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each unusable row.
-
-    Raises:
-        DataError: if a part of a file cannot be read, so that its rows are unknown.
-    """
-    try:
-        yield from list(batch.documents(Counter()))
-    except DataError:
-        for one in batch.split():
-            try:
-                yield from list(one.documents(Counter()))
-            except DataError as error:
-                on_problem(error)
-
-
 def read_documents(source: Source, checks: ChecksSection | None = None) -> Iterator[tuple[Document, bool]]:
     """Yield each document with True if the source itself holds it out; without the rows that `checks` leave out.
 
-    Raises:
-        DataError: if a file cannot be read, or a row cannot be used and is not left out.
+    Raises DataError if a file cannot be read, or a row cannot be used and is not left out.
     """
     for batch in read_batches(source):
         yield from list_usable(batch, checks)
@@ -274,7 +219,7 @@ def read_documents(source: Source, checks: ChecksSection | None = None) -> Itera
 def list_usable(batch: DocumentBatch, checks: ChecksSection | None) -> Iterator[tuple[Document, bool]]:
     """Yield the documents of a batch, without the rows that `checks` leave out. Raises as `read_documents` does."""
     is_left_out = checks is not None and checks.bad_rows == "drop"
-    return parse_usable(batch, lambda error: None) if is_left_out else batch.documents(Counter())
+    return batch.documents(Counter(), (lambda error: None) if is_left_out else raise_problem)
 
 
 # Rows that cannot be used

@@ -17,7 +17,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -114,10 +115,13 @@ class EvalPrompt:
 class EncodedBatch:
     """An encoded batch of documents, whose indices count within it; `tokens` and `trained` concatenate those of its pieces.
 
-    `unread_keys` counts the rows for each key that was not read. `num_completions` counts prompts with a completion if the
-    tokenizer has a chat template, `num_written_as_chat` those that are written with it.
+    `source` is that of its task; `problems` are those of its unusable rows. `unread_keys` counts the rows for each key that was
+    not read. `num_completions` counts prompts with a completion if the tokenizer has a chat template, `num_written_as_chat` those
+    that are written with it.
     """
 
+    source: int
+    problems: RowProblems
     unread_keys: Mapping[str, int]
     num_completions: int
     num_written_as_chat: int
@@ -129,16 +133,7 @@ class EncodedBatch:
     prompts: list[EvalPrompt]
 
 
-@dataclass(frozen=True)
-class EncodedTask:
-    """The usable documents of a task, in batches, and the problems of the other documents; `source` is the task's source."""
-
-    source: int
-    batches: list[EncodedBatch]
-    problems: RowProblems
-
-
-def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedTask]:
+def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
     """Encode each batch; yield the results in order, with the problems of rows that cannot be used.
 
     Raises:
@@ -152,7 +147,7 @@ def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_pat
         num_bytes += len(pickle.dumps(task)) + _BATCH_BYTES
     tasks = itertools.chain(first, tasks)
     if num_bytes < MIN_BYTES:
-        yield from map(BatchEncoder(data, tokenizer_path).encode_usable, tasks)
+        yield from map(BatchEncoder(data, tokenizer_path).encode, tasks)
         return
     # In Python 3.11.0, every user of the machine can reach such a socket of the fork server, which runs what it receives:
     # CVE-2022-42919.
@@ -163,7 +158,7 @@ def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_pat
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     settings = data.model_dump_json()
     try:
-        running: deque[Future[EncodedTask]] = deque()
+        running: deque[Future[EncodedBatch]] = deque()
         for task in tasks:
             running.append(pool.submit(_encode_in_worker, settings, tokenizer_path, task))
             # Batches that are read but not yet encoded are in memory.
@@ -194,8 +189,8 @@ def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _encode_in_worker(settings: str, tokenizer_path: str, task: EncodeTask) -> EncodedTask:
-    return _make_encoder(settings, tokenizer_path).encode_usable(task)
+def _encode_in_worker(settings: str, tokenizer_path: str, task: EncodeTask) -> EncodedBatch:
+    return _make_encoder(settings, tokenizer_path).encode(task)
 
 
 @functools.cache
@@ -212,26 +207,30 @@ class BatchEncoder:
         self._completions = [source.completions for source in list_inputs(data)]
 
     def encode(self, task: EncodeTask) -> EncodedBatch:
-        """Tokenize, check and count documents. Raises DataError naming the document."""
-        unread_keys: Counter[str] = Counter()
-        rows = [*task.batch.documents(unread_keys)]
-        if task.held_out is not None:
-            rows = [(document, task.held_out) for document, is_held_out in rows if not is_held_out]
+        """Tokenize, check and count the usable documents, and collect the problems of the other rows."""
+        unread_keys, problems = Counter[str](), RowProblems()
+        documents, rendered, are_held_out, num_completions, num_written = list[Document](), list[RenderedDocument](), [], 0, 0
         is_by_hash = task.held_out is None and isinstance(task.batch.rows, Block)
-        documents, num_completions, num_written = [document for document, _ in rows], 0, 0
-        if self.encoder.has_template:
-            completions = self._completions[task.source]
-            num_completions = sum(bool(document.prompt) for document in documents)
-            documents = [self.encoder.write_as_chat(document, completions) for document in documents]
-            num_written = num_completions - sum(bool(document.prompt) for document in documents)
-        # Many templates refuse a conversation whose roles are out of order; it has no text if it is dropped.
-        drops_role_order = self.data.checks.role_order == "drop"
-        rendered = [
-            RenderedDocument(document.where, "", (), raw=False)
-            if drops_role_order and document.messages and inspection.find_role_fault(document.messages)
-            else self.encoder.render(document)
-            for document in documents
-        ]
+        try:
+            for row, is_held_out in task.batch.documents(unread_keys, problems.add_row):
+                if task.held_out is not None and is_held_out:
+                    continue
+                document = row
+                if self.encoder.has_template:
+                    document = self.encoder.write_as_chat(row, self._completions[task.source])
+                    num_completions += bool(row.prompt)
+                    num_written += bool(row.prompt) and not document.prompt
+                try:
+                    rendered.append(self._render(document))
+                except DataError as error:
+                    problems.add_row(error)
+                else:
+                    documents.append(document)
+                    are_held_out.append(is_held_out if task.held_out is None else task.held_out)
+        except DataError as error:
+            # A part of a file is unreadable. No setting can leave it out, because its rows are unknown.
+            problems.add_file(error)
+        problems.num_usable = len(documents)
         encoded = self.encoder.encode(rendered)
         inspections = inspection.inspect(
             documents, rendered, encoded, self.encoder.special_texts, self.data, self.encoder.split_tokens
@@ -245,7 +244,7 @@ class BatchEncoder:
         ]
         held_out = [
             one.split / 2**64 < self.data.eval_fraction if is_by_hash else is_held_out
-            for (_, is_held_out), one in zip(rows, inspections, strict=True)
+            for is_held_out, one in zip(are_held_out, inspections, strict=True)
         ]
         num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
         kept_tokens = np.asarray([sum(len(piece.ids) for piece in pieces) for pieces in cut], dtype=np.int64)
@@ -283,6 +282,8 @@ class BatchEncoder:
         others &= is_below(docs.splits_alone, self.data.eval_fraction)
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
+            task.source,
+            problems,
             redact_keys(unread_keys),
             num_completions,
             num_written,
@@ -302,24 +303,11 @@ class BatchEncoder:
             ],
         )
 
-    def encode_usable(self, task: EncodeTask) -> EncodedTask:
-        """Encode the usable documents, and count the problems of the others.
-
-        An unreadable part of a file is a problem of the file, which no setting can leave out because its rows are unknown.
-        """
-        try:
-            return EncodedTask(task.source, [self.encode(task)], RowProblems())
-        except DataError:
-            batches, problems = [], RowProblems()
-        try:
-            for batch in task.batch.split():
-                try:
-                    batches.append(self.encode(replace(task, batch=batch)))
-                except DataError as error:
-                    problems.add_row(error)
-        except DataError as error:
-            problems.add_file(error)
-        return EncodedTask(task.source, [batch for batch in batches if batch.docs.wheres], problems)
+    def _render(self, document: Document) -> RenderedDocument:
+        # Many templates refuse a conversation whose roles are out of order; it has no text if it is dropped.
+        if self.data.checks.role_order == "drop" and document.messages and inspection.find_role_fault(document.messages):
+            return RenderedDocument(document.where, "", (), raw=False)
+        return self.encoder.render(document)
 
     def _check_pieces(
         self, rendered: RenderedDocument, encoded: EncodedDocument, pieces: Sequence[EncodedDocument]
@@ -343,8 +331,10 @@ class BatchEncoder:
     ) -> list[EvalPrompt]:
         prompts = []
         for rank, i in heapq.nsmallest(NUM_PROMPTS, ((int(ranks[i]), i) for i in candidates.tolist())):
-            if (prompt := self.encoder.prompt(documents[i])) is not None:
-                prompts.append(EvalPrompt(rank, held_out, i, *prompt))
+            # A template may refuse a conversation without its last answer, which is then no example.
+            with suppress(DataError):
+                if (prompt := self.encoder.prompt(documents[i])) is not None:
+                    prompts.append(EvalPrompt(rank, held_out, i, *prompt))
         return prompts
 
 
