@@ -34,7 +34,7 @@ def mixture(jsonl: Jsonl) -> DataSection:
     """Two sources of different lengths; the second contains a duplicate and an API key. One fifth is held out."""
     short = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(150)]
     long = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40 + 8))} for i in range(60)]
-    long += [long[5], {"prompt": "", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
+    long += [long[5], {"prompt": "Key?", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
     files = {"short": jsonl(short, "a.jsonl"), "long": jsonl(long, "b.jsonl")}
     sources = tuple(Source(name=name, path=str(file), completions="text") for name, file in files.items())
     return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1)
