@@ -165,7 +165,7 @@ def raise_reported(report: Mapping[str, Any]) -> None:
         raise kind([Problem(*parts) for parts in report["problems"]])
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Describe any error in one message: the first problem of a launcher error, or else the exception's type and text."""
     return error.problems[0].message if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
 

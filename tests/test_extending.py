@@ -389,6 +389,6 @@ def test_a_metric_of_the_page_has_a_panel_in_the_workspace() -> None:
 def test_an_evaluation_metric_of_the_page_scores_answers() -> None:
     execute("An evaluation metric")
     metric = ANSWER_METRICS["contains"]
-    assert metric.score(GeneratedAnswer("It is a Red apple.", True, 5), "red") == 1
-    assert metric.score(GeneratedAnswer("It is green.", True, 3), "red") == 0
+    assert metric.score(GeneratedAnswer("It is a Red apple.", True, 5), "red", MetricOptions()) == 1
+    assert metric.score(GeneratedAnswer("It is green.", True, 3), "red", MetricOptions()) == 0
     assert metric.reference_problem(" ", MetricOptions()) == "has no words"

@@ -369,11 +369,7 @@ class MinimumGain:
 
 
 def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str] | None) -> tuple[MinimumGain, ...]:
-    """Parse the values of --min-gain; `metrics` are the computed metrics, None for tasks, which have their own.
-
-    Raises:
-        ConfigError: with every invalid value.
-    """
+    """Parse the values of --min-gain; `metrics` are the computed metrics, None for tasks, which have their own."""
     gains, problems = [], []
     for text in texts:
         # The metric may be path/to/file.py:function.

@@ -72,11 +72,7 @@ def export_run(arguments: argparse.Namespace) -> int:
 
 
 def require_checkpoint(run: RunDir, step: int | None) -> int:
-    """Return the step of the checkpoint to export; rejects a step without a checkpoint, and a run without checkpoints.
-
-    Raises:
-        SubmitError: with the existing steps.
-    """
+    """Return the step of the checkpoint to export; rejects a step without a checkpoint, and a run without checkpoints."""
     try:
         return (store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)).step
     except CheckpointError as error:

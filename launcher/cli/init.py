@@ -224,11 +224,7 @@ class StarterSettings:
 
 
 def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
-    """Inspect the data, the model and the machine, and suggest settings.
-
-    Raises:
-        ConfigError, DataError: for a model or data that a run would reject.
-    """
+    """Inspect the data, the model and the machine, and suggest settings."""
     config = composed.config
     cluster = cluster_for(config.cluster.kind)
     node = cluster.device(config.cluster)

@@ -84,11 +84,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
 
 
 def list_runs(url: str, as_json: bool) -> int:
-    """Print the runs in a mirror; returns the exit code.
-
-    Raises:
-        SubmitError: if `url` is not an address of a mirror.
-    """
+    """Print the runs in a mirror; returns the exit code."""
     _require_address(url)
     remote = RemoteFolder(url, origin=_ORIGIN)
     summaries: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from launcher.cli.plan import plan_rows
 from launcher.cli.render import html
 from launcher.cli.render.sections import BarChart, Cards, ChartCurve, Charts, LineChart, Part, Section, Table, Text
 from launcher.clusters.backends import status_reader_for
-from launcher.errors import ConfigError, RunError, SubmitError
+from launcher.errors import ConfigError, RunError, SubmitError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size, list_first
 from launcher.plan.run_dir import RunDir
@@ -239,7 +239,7 @@ def publish_workspace(arguments: argparse.Namespace) -> int:
         ) from None
     except Exception as error:  # W&B raises far more than wandb.Error.
         raise RunError(
-            f"Weights & Biases did not accept the workspace: {type(error).__name__}: {error}",
+            f"Weights & Biases did not accept the workspace: {describe(error)}",
             where="dashboard",
             remedy="check that the server is reachable, and the key (`wandb login`, or WANDB_API_KEY); "
             "--dry-run shows the workspace without it",

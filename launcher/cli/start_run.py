@@ -75,11 +75,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
 
 
 def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
-    """Ask about runs that may cost more than run.confirm_usd; prints a line and returns False if they may not start.
-
-    Raises:
-        ConfigError: if there is no terminal to ask on.
-    """
+    """Ask about runs that may cost more than run.confirm_usd; prints a line and returns False if they may not start."""
     if accepts_cost or all(plan.config.run.confirm_usd is None for plan in plans):
         return True
     devices = (functools.partial(cluster_for(plan.config.cluster.kind).device, plan.config.cluster) for plan in plans)
@@ -93,9 +89,6 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]]) -> bool
     """Ask on the terminal whether runs above run.confirm_usd, which one of them has, may start; returns True if they may.
 
     The lowest run.confirm_usd in a sweep is compared with the total cost of its runs.
-
-    Raises:
-        ConfigError: if there is no terminal to ask on.
     """
     limits = [plan.config.run.confirm_usd for plan, _ in planned if plan.config.run.confirm_usd is not None]
     # CPUs without a price cost nothing.

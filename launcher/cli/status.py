@@ -379,11 +379,7 @@ def _sum_cost(tail: MetricsTail, spent: Breakdown | None, placed: Placement, exp
 
 
 def require_ended(run: RunDir) -> None:
-    """Refuse a run that another machine still refreshes although its backend judges that it has ended.
-
-    Raises:
-        SubmitError: with the process that runs it.
-    """
+    """Refuse a run that another machine still refreshes although its backend judges that it has ended."""
     if not detached_process.is_still_refreshed(run, functools.partial(print, file=sys.stderr, flush=True)):
         return
     raise SubmitError(
@@ -395,11 +391,7 @@ def require_ended(run: RunDir) -> None:
 
 
 def require_idle(run: RunDir, backend: StatusReader) -> None:
-    """Refuse to start a run that is already running.
-
-    Raises:
-        SubmitError: with the job or process that runs it.
-    """
+    """Refuse to start a run that is already running."""
     status = backend.status(run)
     if status.state not in RUNNING_STATES:
         require_ended(run)

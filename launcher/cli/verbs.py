@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from launcher.config.command_line import conf_dir, list_options
-from launcher.errors import ConfigError, Problem
+from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.security.redaction import redact
 
 # The folder in which runs are looked up by name.
 DEFAULT_ROOT = "runs"
 # Flags that launcher.cli.main removes from every command line.
 _FLAGS_EVERYWHERE = ("--help", "--debug", "--trust-owner", "--version")
-_FLAG_CUTOFF = 0.7
 # In the help of all verbs: the widest words before a summary on the same line, and the width of a line.
 _USAGE_WIDTH, _HELP_WIDTH = 44, 130
 
@@ -72,11 +71,7 @@ class Verb:
     elsewhere: str = ""
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse the words after the verb; `command` of the result are all words.
-
-        Raises:
-            ConfigError: with the usage and, for a mistyped flag, the closest one.
-        """
+        """Parse the words after the verb; `command` of the result are all words."""
         arguments = argparse.Namespace(command=(*self.name.split()[:1], *words))
         if not self.takes_settings:
             return self._parser().parse_intermixed_args(words, arguments)
@@ -121,12 +116,11 @@ class _Parser(argparse.ArgumentParser):
         # A mistyped flag may also be why an argument is missing.
         flags = [word.partition("=")[0] for word in self._words if word.startswith("--") and len(word) > 2]
         unknown = next((flag for flag in flags if not any(option.startswith(flag) for option in known)), "")
-        close = difflib.get_close_matches(unknown, known, n=1, cutoff=_FLAG_CUTOFF)
         if unknown:
             message = f"unrecognized arguments: {unknown}"
         message = re.sub(r"^argument (\S+): expected one argument$", r"\1 needs a value", message)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(redact(message), where="command line", remedy=f"{guess}{' '.join(self.format_usage().split())}")
+        remedy = f"{did_you_mean(unknown, known)} {' '.join(self.format_usage().split())}".strip()
+        raise ConfigError(redact(message), where="command line", remedy=remedy)
 
 
 def _number(about: str, parse: Callable[[str], float], accepts: Callable[[float], bool]) -> Callable[[str], float]:

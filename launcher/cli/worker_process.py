@@ -30,20 +30,12 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
     """Download and convert the model and build the data cache, in a process that may import torch.
 
     Returns the process's answer; with `show`, it contains the data report with that many rows.
-
-    Raises:
-        DataError: if the data or the model has problems.
-        RunError: if the process fails for another reason.
     """
     return run_reporting(_PREPARE, config, *([f"--report={show}"] if show is not None else []))
 
 
 def prepare_eval_sets(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path: str | None) -> dict[str, DataFacts]:
-    """Return `kept`, the facts of data caches by the name of their set, and those of the other eval.sets, built where missing.
-
-    Raises:
-        ConfigError, DataError: for a set that cannot be read.
-    """
+    """Return `kept`, the facts of data caches by the name of their set, and those of the other eval.sets, built where missing."""
     missing = {key: one for key, one in config.eval.sets_by_setting.items() if one.name not in kept}
     if not missing:
         return kept
@@ -58,11 +50,7 @@ def prepare_eval_sets(config: RunConfig, kept: dict[str, DataFacts], tokenizer_p
 
 
 def check_extra(config: RunConfig) -> None:
-    """Have DeepSpeed validate `deepspeed.extra` in another process, unless it has already accepted the same value.
-
-    Raises:
-        ConfigError: with every key that DeepSpeed rejects or does not know.
-    """
+    """Have DeepSpeed validate `deepspeed.extra` in another process, unless it has already accepted the same value."""
     if facts.is_extra_accepted(config):
         return
     answer = run_worker_module("launcher.worker.checks.deepspeed_check", config)
@@ -92,12 +80,7 @@ def run_worker_module(module: str, config: RunConfig | None, *arguments: str, ti
 
 
 def run_reporting(module: str, config: RunConfig | None, *arguments: str) -> dict[str, Any]:
-    """Run a worker-side module that prints its answer or its problems.
-
-    Raises:
-        DataError: with its problems, if nothing was started because of them.
-        RunError: with its problems otherwise.
-    """
+    """Run a worker-side module that prints its answer or its problems."""
     answer = run_worker_module(module, config, *arguments)
     raise_reported(answer)
     return answer

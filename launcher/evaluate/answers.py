@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -46,8 +46,7 @@ from launcher.plan.quantities import format_size
 from launcher.runs import json_records
 from launcher.security.folders import private_files
 from launcher.security.redaction import printable_output
-from launcher.tracking.metrics import format_duration
-from launcher.tracking.progress import Pace, live_line, report_elapsed_time
+from launcher.tracking.progress import Pace, live_line, report_elapsed_time, time_left
 from launcher.tracking.tracker import Composite
 from launcher.tracking.verdicts import TUNED
 from launcher.train.model import weights_gib
@@ -77,9 +76,8 @@ def answer_share(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
         from launcher.evaluate.vllm_engine import VllmEngine
 
         python = Path(config.evaluate.vllm_python).expanduser()
-        tokenizer, count = load_tokenizer(task.tokenizer), max(1, num_gpus)
         AnswerGeneration(folder, share, device, dtype).run(
-            lambda weights: VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context, num_gpus=count)
+            lambda weights: VllmEngine(python, weights, dtype=dtype, context=task.context, num_gpus=max(1, num_gpus))
         )
         return
 
@@ -120,7 +118,6 @@ class AnswerGeneration:
         self._config = self.task.settings
         # The stores of all sets and sides, each with its number of prompts.
         self._stores: dict[str, tuple[AnswerStore, int]] = {}
-        self._pace = AnswerPace()
         self._num_sides = 1 if self.task.base is None else 3 if self.task.shots else 2
         self._questions = {name: folder.read_questions(name) for name in self.task.sets}
         training = folder.read_questions()
@@ -136,7 +133,6 @@ class AnswerGeneration:
         began = time.monotonic()
         sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
         scores: Mapping[PromptStyle, float] = {}
-        self._pace.num_later = self._num_sides * sum(map(len, self._questions.values()))
         if self.task.base is not None:
             with _load_on_first_use(make_engine, self.task.base) as engine:
                 chosen = self._choose_styles(self.task.base, engine)
@@ -163,7 +159,6 @@ class AnswerGeneration:
 
         def score_styles(styles: Sequence[PromptStyle]) -> dict[PromptStyle, float]:
             stores = []
-            self._pace.num_later += len(styles) * len(questions)
             for number, style in enumerate(styles, 1):
                 prompts = self._base_prompts.write(questions, style)
                 digest = digest_prompts(prompts.prompts, prompts.stop_strings)[:16]
@@ -175,7 +170,7 @@ class AnswerGeneration:
             references, places = [one.reference for one in questions], [one.where for one in questions]
             for style, (store, _) in zip(styles, stores, strict=True):
                 answers = store.read()
-                generated = [answers[index].as_generated() for index in range(len(questions))]
+                generated = [answers[index] for index in range(len(questions))]
                 scores[style] = float(scorer.score(scorer.metrics[0], generated, references, places).mean())
             return scores
 
@@ -227,29 +222,26 @@ class AnswerGeneration:
         order = sorted(range(len(prompts.prompts)), key=lambda i: (-len(prompts.prompts[i]), i))
         batches = [order[i : i + settings.prompts_per_batch] for i in range(0, len(order), settings.prompts_per_batch)]
         own = batches[self._share.rank :: self._share.world_size]
-        self._pace.num_later = max(0, self._pace.num_later - len(order))
-        num_done, num_own = sum(i in existing for batch in own for i in batch), sum(map(len, own))
+        num_existing, num_own, pace = sum(i in existing for batch in own for i in batch), sum(map(len, own)), Pace(longest_s=1.0)
+        num_done = num_existing
         for batch in own:
             missing = [i for i in batch if i not in existing]
             if not missing:
                 continue
-            left = self._pace.left(num_own - num_done, self._share.world_size)
+            left = time_left(num_done - num_existing, num_own - num_existing, pace.elapsed_s)
             text = f"{activity}: {num_done} of {num_own} answers{left}"
             self._share.say(text)
             # On CPUs, a batch may take many minutes. `say` decides which lines are due.
-            with report_elapsed_time(text, self._share.say, Pace(longest_s=1.0)):
+            with report_elapsed_time(text, self._share.say, pace):
                 model, began = engine(), time.monotonic()
                 generated = model.generate(
                     [prompts.prompts[i] for i in missing],
                     stop_strings=prompts.stop_strings,
                     max_new_tokens=settings.max_new_tokens,
                 )
-            self._pace.count(len(missing), time.monotonic() - began)
-            is_one_gpu = self._device == "cuda" and self._config.evaluate.vllm_python is None
+            is_one_gpu = self._device == "cuda" and settings.vllm_python is None
             gpu_s = round((time.monotonic() - began) / len(missing), 4) if is_one_gpu else 0.0
-            answers = [
-                StoredAnswer(i, one.text, one.is_stopped, len(one.ids), gpu_s) for i, one in zip(missing, generated, strict=True)
-            ]
+            answers = [StoredAnswer(**asdict(one), index=i, gpu_s=gpu_s) for i, one in zip(missing, generated, strict=True)]
             store.append(f"{self._share.rank:05d}", answers)
             num_done += len(missing)
         if num_own:
@@ -281,26 +273,6 @@ def _load_on_first_use(make_engine: Callable[[Weights], Engine], weights: Weight
     finally:
         for engine in loaded:
             engine.close()
-
-
-class AnswerPace:
-    """Estimates the time for all remaining answers from the answers that this process has generated."""
-
-    def __init__(self) -> None:
-        self._num_generated, self._seconds = 0, 0.0
-        # Answers to later prompts, excluding those of the current list of batches.
-        self.num_later = 0
-
-    def count(self, num_answers: int, seconds: float) -> None:
-        """Record answers that were generated in `seconds`."""
-        self._num_generated += num_answers
-        self._seconds += seconds
-
-    def left(self, num_here: int, share: int) -> str:
-        """Return the time left as the end of a line; `num_here` answers are missing, and later ones are divided by `share`."""
-        if not self._num_generated or not (rest := num_here + self.num_later / share):
-            return ""
-        return f"; about {format_duration(rest * self._seconds / self._num_generated)} left in all"
 
 
 def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:

@@ -75,12 +75,7 @@ class RankTask(Record):
 def score_passes(
     plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress, num_ranks: int | None = None
 ) -> list[np.ndarray]:
-    """Return the log-probabilities of the trained tokens of each pass under `weights`; computes those not in the store.
-
-    Raises:
-        RunError: if a rank fails.
-        DataError: if a data cache is damaged.
-    """
+    """Return the log-probabilities of the trained tokens of each pass under `weights`; computes those not in the store."""
     device = hardware.device()
     ranks = num_ranks or (device.count if device.kind == "cuda" else 1)
     device_name = device.name if device.kind == "cuda" else device.kind

@@ -70,11 +70,7 @@ class _SplitDocuments:
 
 
 def rank_documents(plan_path: Path, step: int | None, split_name: str, on_progress: Progress) -> dict[str, Any]:
-    """Score a split's documents with and without their prompts, and return lists of those worth a look.
-
-    Raises:
-        SubmitError: if the run has no split or evaluation set `split_name`; lists the existing names.
-    """
+    """Score a split's documents with and without their prompts, and return lists of those worth a look."""
     run = RunDir.of_plan(plan_path)
     plan = run_store.load_plan(run)
     held_out = plan.data if plan.data is not None and plan.data.num_eval_rows else None
@@ -131,11 +127,7 @@ def _round_loss(value: float) -> float | None:
 
 
 def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on_progress: Progress) -> dict[str, Any]:
-    """Return the documents in the rows of `step`, counted from 1; with `has_scores`, their losses under the checkpoint before it.
-
-    Raises:
-        RunError: if the plan has no data.
-    """
+    """Return the documents in the rows of `step`, counted from 1; with `has_scores`, their losses before the step."""
     if plan.data is None:
         raise RunError("the plan has no data", where=str(run.root))
     split, size = Split.open(plan.data), plan.batch.global_batch_size

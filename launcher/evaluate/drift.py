@@ -112,10 +112,6 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool, on_progress: Prog
     """Compare the prompts in a file with the prompts in the run's training data.
 
     `with_likelihood` is whether both models score the prompts.
-
-    Raises:
-        DataError: for rows that are not prompts, and for data without prompts.
-        LauncherError: if a score pass fails, or if the run has no weights of the tuned model.
     """
     plan = run_store.load_plan(run)
     if not with_likelihood:
@@ -192,11 +188,7 @@ def read_training_prompts(plan: LaunchPlan, generator: np.random.Generator) -> l
 
 
 def parse_prompt(row: dict[str, Any], where: str) -> Document:
-    """Return a row's prompt with a made-up answer. For a chat, the prompt is everything before the last answer.
-
-    Raises:
-        DataError: if the row has no prompt.
-    """
+    """Return a row's prompt with a made-up answer. For a chat, the prompt is everything before the last answer."""
     row = {**row, **{answer_key: _ANSWER for key, answer_key in _ANSWER_KEYS.items() if key in row}}
     for key, role_key, turn in (
         ("messages", "role", {"role": "assistant", "content": _ANSWER}),

@@ -73,12 +73,7 @@ if TYPE_CHECKING:
 
 
 def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ()) -> EvaluationFolder:
-    """Write everything that the processes of the evaluation need; `sets` are the sets to evaluate, empty for all.
-
-    Raises:
-        ConfigError, DataError: for settings or data that cannot be evaluated.
-        CheckpointError: if the step cannot be exported.
-    """
+    """Write everything that the processes of the evaluation need; `sets` are the sets to evaluate, empty for all."""
     settings, plan = config.evaluate, run_store.load_plan(run).model_copy(update={"config": config})
     names, engine = _require_usable(plan, sets)
     folder = EvaluationFolder.of(run.root, step)
@@ -107,21 +102,13 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
     asked = {name: several for name, several in asked.items() if several}
     everything = [question for several in asked.values() for question in several]
 
-    def check_and_count(rows: Sequence[EvalQuestion]) -> tuple[int, ...]:
-        """Check the references that answers are compared with, and return the numbers of examples that fit."""
-        scored = [*everything, *rows[num_examples:]]
-        scorer.check_references([one.reference for one in scored], [one.where for one in scored])
-        return fit.find_shots(scored, fit.make_base_prompts(rows, num_examples, everything)) if base else ()
-
-    shots = check_and_count(training)
+    scored = [*everything, *training[num_examples:]]
+    scorer.check_references([one.reference for one in scored], [one.where for one in scored])
+    shots = fit.find_shots(scored, fit.make_base_prompts(training, num_examples, everything)) if base else ()
     if base is not None and settings.shots == "auto" and not shots:
-        # Short examples may fit where these do not.
-        training = sorted(training, key=lambda one: len(str(one.document)) + len(one.reference))
-        shots = check_and_count(training)
-        if not shots:
-            rows = format_count(len(training), "training row")
-            few = f"no baseline with examples: {min(AUTO_SHOTS)} of {rows} do not fit before the prompts"
-            left_out = {name: (*lines, few) for name, lines in left_out.items()}
+        rows = format_count(len(training), "training row")
+        few = f"no baseline with examples: {min(AUTO_SHOTS)} of {rows} do not fit before the prompts"
+        left_out = {name: (*lines, few) for name, lines in left_out.items()}
     for name, several in asked.items():
         folder.write_questions(several, name)
     folder.write_questions(training)
@@ -199,11 +186,7 @@ class _PromptFit:
         return [one for one, length in zip(questions, longest, strict=True) if length <= self._room]
 
     def find_shots(self, questions: Sequence[EvalQuestion], base: BasePrompts) -> tuple[int, ...]:
-        """Return the candidate numbers of examples: those with which every prompt and its answer fit.
-
-        Raises:
-            ConfigError: if a requested number does not fit, or there are not enough training rows.
-        """
+        """Return the candidate numbers of examples: those with which every prompt and its answer fit."""
         settings, fitting = self._config.evaluate, []
         longest = sorted(questions, key=lambda one: -len(str(one.document)))[:NUM_LONGEST]
         for count in list_shots(settings.shots):
@@ -269,12 +252,7 @@ def _keep_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:
-    """Score the answers and write the verdicts; returns what the command shows.
-
-    Raises:
-        RunError: if answers are missing.
-        DataError: if a metric fails.
-    """
+    """Score the answers and write the verdicts; returns what the command shows."""
     task, answers = folder.read_task(), folder.read_answers()
     settings = task.settings.evaluate
     scorer = AnswerScorer(settings, folder.root)
@@ -347,9 +325,8 @@ def _judge_set(
     for side, stored in answers.items():
         gpu_s = sum(answer.gpu_s for answer in stored) if all(answer.gpu_s for answer in stored) else None
         usage[side.name] = SideUsage(len(stored), side.prompt_tokens, sum(answer.num_tokens for answer in stored), gpu_s)
-        generated = [answer.as_generated() for answer in stored]
         for metric, scores in by_metric.items():
-            scores[side.name] = scorer.score(metric, generated, references, places)
+            scores[side.name] = scorer.score(metric, stored, references, places)
     first, *others = scorer.metrics
     verdict = judge(first, by_metric[first], others={name: by_metric[name] for name in others}, general_loss=general_loss)
     texts = {side.name: [answer.text for answer in stored] for side, stored in answers.items()}

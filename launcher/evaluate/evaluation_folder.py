@@ -255,11 +255,7 @@ class AnswerStore:
             os.fsync(file.fileno())
 
     def complete(self) -> list[StoredAnswer]:
-        """Write all answers into one file and remove the parts; return the answers in the order of the prompts.
-
-        Raises:
-            RunError: if some are missing.
-        """
+        """Write all answers into one file and remove the parts; return the answers in the order of the prompts."""
         if (existing := self.read_complete()) is None:
             answers = self.read()
             if missing := self.key.num_prompts - len(answers):
@@ -307,30 +303,14 @@ class SideRecord:
 
 
 @dataclass(frozen=True)
-class StoredAnswer:
-    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False if the maximum length cut it off.
+class StoredAnswer(GeneratedAnswer):
+    """One line of a side: the answer, and the index of its prompt.
 
     `gpu_s` is its share of the GPU time of its batch, 0 on CPUs and with engines that divide a model over GPUs.
     """
 
     index: int
-    text: str
-    is_stopped: bool
-    num_tokens: int
     gpu_s: float = 0.0
-
-    def as_generated(self) -> GeneratedAnswer:
-        """Return the answer in the form that metrics take."""
-        return GeneratedAnswer(self.text, self.is_stopped, self.num_tokens)
-
-
-@dataclass(frozen=True)
-class GeneratedIds:
-    """An engine's answer: its token ids without those that end it, its text, and whether it ended within the maximum length."""
-
-    ids: tuple[int, ...]
-    text: str
-    is_stopped: bool
 
 
 def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:

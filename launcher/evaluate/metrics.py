@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launcher.config.sections.evaluation import AnswerMetrics, split_function
-from launcher.errors import ConfigError, DataError, Problem
+from launcher.errors import ConfigError, DataError, Problem, describe
 from launcher.runs import atomic_files
 
 _MAX_SHOWN = 3
@@ -40,7 +39,7 @@ _MAX_REASON_CHARS = 500
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """A model's answer. `is_stopped` is False if the maximum length cut the answer off."""
+    """A model's answer, `num_tokens` without those that end it. `is_stopped` is False if the maximum length cut it off."""
 
     text: str
     is_stopped: bool
@@ -55,28 +54,21 @@ class MetricOptions:
     labels: tuple[str, ...] = ()
 
 
-_NO_OPTIONS = MetricOptions()
-
-
 @dataclass(frozen=True)
 class AnswerMetric:
     """One way to score an answer.
 
     Attributes:
-        compute: returns the score of an answer, given the reference and the options.
+        score: returns the score of an answer, from 0 to 1, given the reference and the options.
         reference_problem: returns why a reference is unsuitable for comparison; empty if it is suitable.
         with_thoughts: whether it scores what a reasoning model writes before its answer, too.
         may_hang: whether an answer may make it take forever, so that it has a time limit.
     """
 
-    compute: Callable[[GeneratedAnswer, str, MetricOptions], float]
+    score: Callable[[GeneratedAnswer, str, MetricOptions], float]
     reference_problem: Callable[[str, MetricOptions], str] = lambda reference, options: ""
     with_thoughts: bool = False
     may_hang: bool = False
-
-    def score(self, answer: GeneratedAnswer, reference: str, options: MetricOptions = _NO_OPTIONS) -> float:
-        """Return the score of one answer, from 0 to 1; higher is better."""
-        return float(self.compute(answer, reference, options))
 
 
 def _count_words(text: str) -> Counter[str]:
@@ -381,9 +373,6 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
     """Copy the functions that the configured metrics name into the folder of an evaluation.
 
     Every process scores with the copies: the files may change, and a path may lead to another file on other nodes.
-
-    Raises:
-        ConfigError: if a file is missing or invalid.
     """
     contents = {}
     for metric in settings.metrics:
@@ -407,11 +396,7 @@ class AnswerScorer:
         self._options = MetricOptions(settings.pattern or "", settings.labels)
 
     def check_references(self, references: Sequence[str], places: Sequence[str]) -> None:
-        """Refuse references that a metric cannot be computed with; `places` names the row of each, as file and line.
-
-        Raises:
-            DataError: one problem for each metric, with the first rows.
-        """
+        """Refuse references that a metric cannot be computed with; `places` names the row of each, as file and line."""
         problems = []
         # A user's own functions come without a check.
         for metric in filter(METRICS.__contains__, self.metrics):
@@ -432,11 +417,7 @@ class AnswerScorer:
     def score(
         self, metric: str, answers: Sequence[GeneratedAnswer], references: Sequence[str], places: Sequence[str]
     ) -> np.ndarray:
-        """Return the score of each answer by a configured metric, without the thoughts that precede answers and references.
-
-        Raises:
-            DataError: with the row, if a user's function fails, or a metric takes too long.
-        """
+        """Return the score of each answer by a configured metric, without the thoughts that precede answers and references."""
         known = METRICS.get(metric)
         if known is None or not known.with_thoughts:
             answers = [replace(answer, text=without_thoughts(answer.text)) for answer in answers]
@@ -447,18 +428,18 @@ class AnswerScorer:
         where = file = "" if known else str(self._folder / _name_copy(self._settings, metric))
         scores = []
         try:
-            compute = partial(known.score, options=self._options) if known else _import_function(file, metric.rpartition(":")[2])
+            compute = known.score if known else _import_function(file, metric.rpartition(":")[2])
             for answer, reference, place in zip(answers, references, places, strict=True):
                 where = place
                 with _time_limit():
-                    value = compute(answer, reference)
+                    value = compute(answer, reference, self._options)
                 if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
                     raise ValueError(f"it returned {value!r:.60}, which is not a finite number")
                 scores.append(float(value))
         # A function may raise anything, and may exit.
         except (Exception, SystemExit) as error:
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-            reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")
+            reason = describe(error)[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")
             remedy = "correct the function; it takes an answer and its reference, both texts, and returns a number"
             if known:
                 remedy = "correct the pattern; nested repetitions such as (a+)+ take very long"
@@ -483,7 +464,7 @@ def _read_function(metric: str, file: Path, function: str) -> bytes:
     return content
 
 
-def _import_function(file: str, function: str) -> Callable[[GeneratedAnswer, str], Any]:
+def _import_function(file: str, function: str) -> Callable[[GeneratedAnswer, str, MetricOptions], Any]:
     """Import a function from a file; the result scores an answer by its text."""
     spec = importlib.util.spec_from_file_location("user_metric", file)
     assert spec is not None
@@ -494,7 +475,7 @@ def _import_function(file: str, function: str) -> Callable[[GeneratedAnswer, str
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     own = getattr(module, function)
-    return lambda answer, reference: own(answer.text, reference)
+    return lambda answer, reference, options: own(answer.text, reference)
 
 
 @contextmanager

@@ -84,11 +84,7 @@ def split_question(document: Document, system: str | None) -> EvalQuestion | Non
 
 
 def read_set(plan: LaunchPlan, name: str, encoder: Encoder, max_questions: int, advance: Advance) -> QuestionSet:
-    """Return questions of the run's held-out documents, of one of eval.sets, or of its training documents, in a random order.
-
-    Raises:
-        DataError: if the data files no longer contain these documents.
-    """
+    """Return questions of the run's held-out documents, of one of eval.sets, or of its training documents, in a random order."""
     data = plan.config.data
     if name in (HELD_OUT, TRAINING):
         if plan.data is None:

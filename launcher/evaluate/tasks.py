@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, did_you_mean
+from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, describe, did_you_mean
 from launcher.evaluate.evaluation_folder import EvaluationFolder, Weights
 from launcher.evaluate.verdict import judge
 from launcher.evaluate.weights import choose_dtype, count_context, export_tuned_weights, find_base_weights
@@ -81,12 +81,6 @@ def score_tasks(
     """Score what has no scores yet, write each task's verdict, and return what the command shows.
 
     `limit` is the number of questions per task, None for all. `gains` are the command's minimum gains, such as `acc:base:0.1`.
-
-    Raises:
-        ConfigError, DataError: for tasks that are unknown, may not run, or lack their data, for a gain in a metric that no task
-            has, and if there is no base model.
-        CheckpointError: if the step cannot be exported.
-        RunError: if a task fails.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     tasks = find_tasks(names, task_folder)
@@ -129,12 +123,7 @@ def scores_path(folder: EvaluationFolder, task: str, side: str) -> Path:
 
 
 def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[str, Any]:
-    """Return the harness's tasks by name, for names of tasks, groups and tags and for files of multiple-choice questions.
-
-    Raises:
-        ConfigError: if lm-evaluation-harness is not installed, and with every name that is unknown or whose task may not run.
-        DataError: for lines that are not questions, and with every task whose data is not on this machine.
-    """
+    """Return the harness's tasks by name, for names of tasks, groups and tags and for files of multiple-choice questions."""
     files = {name: _make_task(Path(name)) for name in names if name.endswith(".jsonl")}
     if task_folder is not None:
         if not task_folder.is_dir():
@@ -167,11 +156,14 @@ def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[st
         except LauncherError as error:
             problems += [replace(problem, value=name) for problem in error.problems]
         except (ConnectionError, FileNotFoundError) as error:
-            missing.append(_describe_missing_data(name, error))
+            remedy = (
+                "on a machine that reaches the Hub: hf download --repo-type dataset OWNER/NAME; then copy datasets--OWNER--NAME "
+                f"from its cache (~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}"
+            )
+            missing.append(Problem(f"the data of a task is not on this machine: {error}", _WHERE, name, remedy))
         # A task is third-party configuration and code, and may raise anything.
         except Exception as error:
-            text = f"a task cannot be loaded: {type(error).__name__}: {_write_one_line(error)}"
-            problems.append(Problem(text, where=_WHERE, value=name))
+            problems.append(Problem(f"a task cannot be loaded: {describe(error)}", where=_WHERE, value=name))
         else:
             tasks |= loaded
             if any(getattr(one, "UNSAFE_CODE", False) or getattr(one.config, "unsafe_code", False) for one in loaded.values()):
@@ -216,11 +208,7 @@ def _make_task(file: Path) -> dict[str, Any]:
 
 
 def read_question(line: bytes, where: str) -> dict[str, Any]:
-    """Return a question with its choices and the index of the right one.
-
-    Raises:
-        DataError: if the line is something else.
-    """
+    """Return a question with its choices and the index of the right one."""
     try:
         row = json.loads(line)
         question, choices, answer = row["question"], row["choices"], row["answer"]
@@ -244,19 +232,6 @@ def require_metrics(gains: Sequence[str], tasks: dict[str, Any]) -> None:
         if known and metric.partition(" (")[0] not in known:
             remedy = f"{did_you_mean(metric, known)} metrics of these tasks are {', '.join(known)}".strip()
             raise ConfigError(f"--min-gain names {metric}, which no task has", where="command line", value=gain, remedy=remedy)
-
-
-def _describe_missing_data(name: str, error: Exception) -> Problem:
-    text = _write_one_line(error)
-    remedy = (
-        "on a machine that reaches the Hub: hf download --repo-type dataset OWNER/NAME; then copy datasets--OWNER--NAME from its "
-        f"cache (~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}"
-    )
-    return Problem(f"the data of a task is not on this machine: {text}", where=_WHERE, value=name, remedy=remedy)
-
-
-def _write_one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).split())
 
 
 def _load_model(plan: LaunchPlan, weights: Weights, side: str, device: str) -> Any:
@@ -306,7 +281,7 @@ def _score_task(name: str, task: Any, model: Any, limit: int | None, belongs_to:
         raise
     # A task is third-party configuration and code, and may raise anything.
     except Exception as error:
-        message = f"the task {name} failed: {type(error).__name__}: {error}"
+        message = f"the task {name} failed: {describe(error)}"
         raise RunError(message, where=_WHERE, remedy="leave it out; scores of the other tasks are kept") from error
     return read_scores(name, result, belongs_to)
 

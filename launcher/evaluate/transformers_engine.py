@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from launcher.config.sections.model import ModelSection
-from launcher.evaluate.evaluation_folder import GeneratedIds
+from launcher.evaluate.metrics import GeneratedAnswer
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.train.model import DTYPES
 
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
-    ) -> list[GeneratedIds]:
+    ) -> list[GeneratedAnswer]:
         """Return an answer for each prompt."""
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
-    ) -> list[GeneratedIds]:
+    ) -> list[GeneratedAnswer]:
         width = max(map(len, prompts))
         input_ids = torch.full((len(prompts), width), self._pad_id)
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -92,7 +92,7 @@ class TransformersEngine:
                 kept.pop()
             text = self._tokenizer.decode(kept, skip_special_tokens=True)
             cut = cut_at(text, stop_strings)
-            answers.append(GeneratedIds(tuple(kept), cut, end is not None or len(cut) < len(text)))
+            answers.append(GeneratedAnswer(cut, end is not None or len(cut) < len(text), len(kept)))
         return answers
 
     def close(self) -> None:

@@ -15,14 +15,12 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.errors import RunError
-from launcher.evaluate.evaluation_folder import GeneratedIds, Weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from launcher.evaluate.evaluation_folder import Weights
+from launcher.evaluate.metrics import GeneratedAnswer
 
 # Starts the server in such a way that it ends with this process.
 _STARTER = "launcher.child_process"
@@ -37,22 +35,9 @@ _PYTHON_S = 60.0
 class VllmEngine:
     """vLLM's OpenAI server for one model; prompts are token ids, so that they equal those of the other engine."""
 
-    def __init__(
-        self,
-        python: Path,
-        weights: Weights,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        dtype: str,
-        context: int,
-        num_gpus: int = 1,
-    ) -> None:
-        """Start the server and wait until it answers.
-
-        Raises:
-            RunError: if it ends or does not answer in time, with the last lines of its output.
-        """
-        self._weights, self._tokenizer, self._python = weights, tokenizer, python
+    def __init__(self, python: Path, weights: Weights, *, dtype: str, context: int, num_gpus: int = 1) -> None:
+        """Start the server and wait until it answers."""
+        self._weights, self._python = weights, python
         # A proxy from the environment cannot reach loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._key, self._port = secrets.token_hex(16), free_port(_HOST)
@@ -88,12 +73,8 @@ class VllmEngine:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
-    ) -> list[GeneratedIds]:
-        """Return an answer for each prompt.
-
-        Raises:
-            RunError: if the server refuses the request or is gone.
-        """
+    ) -> list[GeneratedAnswer]:
+        """Return an answer for each prompt."""
         request = {
             "model": "model",
             "prompt": [list(prompt) for prompt in prompts],
@@ -115,11 +96,8 @@ class VllmEngine:
             raise self._make_error(f"vLLM gave {len(choices)} answers to {len(prompts)} prompts")
         answers = []
         for choice in choices:
-            text, ids = str(choice["text"]), choice.get("token_ids")
-            if ids is None:
-                ids = self._tokenizer(text, add_special_tokens=False).input_ids
-            kept = tuple(token for token in ids if token not in self._weights.stop_ids)
-            answers.append(GeneratedIds(kept, text, choice["finish_reason"] == "stop"))
+            num_tokens = sum(token not in self._weights.stop_ids for token in choice["token_ids"])
+            answers.append(GeneratedAnswer(str(choice["text"]), choice["finish_reason"] == "stop", num_tokens))
         return answers
 
     def close(self) -> None:

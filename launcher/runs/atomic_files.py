@@ -47,12 +47,7 @@ class FileEntry:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` with a value as indented JSON; see `write_bytes`.
-
-    Raises:
-        TypeError: if the value is not JSON-serializable; nothing is written.
-        OSError: if the file cannot be written.
-    """
+    """Replace `path` with a value as indented JSON; see `write_bytes`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -65,9 +60,6 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Replace `path` atomically: readers see the previous content or `content`, never a part of it.
 
     `mode` holds the permissions before the umask. A file that cannot be written leaves the previous content in place.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -168,11 +160,7 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Make all files and directories in a folder durable. Uses threads, because a file system batches journal commits.
-
-    Raises:
-        OSError: if a file cannot be read or written back.
-    """
+    """Make all files and directories in a folder durable. Uses threads, because a file system batches journal commits."""
     paths = [folder, *folder.rglob("*")]
     with ThreadPoolExecutor(_NUM_FSYNC_THREADS) as pool:
         for is_kind in (Path.is_file, Path.is_dir):

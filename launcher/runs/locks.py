@@ -143,9 +143,6 @@ def wait_and_hold(path: Path, activity: str, command: str) -> Iterator[None]:
     """Hold the lock file `path` of a part of the cache once no other process does; until then, warn every WARN_EVERY_S seconds.
 
     `activity` describes in the warning what the other process does, as in "builds this data cache".
-
-    Raises:
-        OSError: if the file cannot be created.
     """
     timeout_s = 0.0
     with ExitStack() as stack:

@@ -5,7 +5,6 @@ A copy of the package is part of it: queued and resumed jobs run the code that w
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 import os
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from launcher import clock
-from launcher.errors import DamagedRun, LauncherError, SubmitError, Superseded, UnreadableRun
+from launcher.errors import DamagedRun, LauncherError, SubmitError, Superseded, UnreadableRun, did_you_mean
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.runs import atomic_files, journal, json_records, locks
@@ -85,11 +84,7 @@ def create(plan: LaunchPlan) -> RunDir:
 
 
 def require_new(run: RunDir) -> None:
-    """Reject a run whose directory exists.
-
-    Raises:
-        SubmitError: with the directory.
-    """
+    """Reject a run whose directory exists."""
     if run.root.exists():
         raise SubmitError(
             f"the run {run.root.name} exists already; nothing in it was touched",
@@ -412,9 +407,9 @@ def find_run(name: str, root: Path, markers: Sequence[str] = ("plan.json",)) -> 
         message = f"there is no run named {name}"
         raise SubmitError(message, where=str(root), value="the folder does not exist", remedy=remedy)
     names = [run.root.name for run in list_runs(root)]
-    close = difflib.get_close_matches(name, names, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    remedy = f"{guess}choose one of: {', '.join(names[:_NUM_NAMES])}" if names else f"start one with: {launcher_command('train')}"
+    remedy = f"start one with: {launcher_command('train')}"
+    if names:
+        remedy = f"{did_you_mean(name, names)} choose one of: {', '.join(names[:_NUM_NAMES])}".lstrip()
     raise SubmitError(f"there is no run named {name}", where=str(root), remedy=f"{remedy}; --root names another folder of runs")
 
 

@@ -74,11 +74,7 @@ class JsonlTracker:
 
 
 class _Appender:
-    """Appends whole lines to a file from any thread; reopens it after a failure.
-
-    Raises:
-        OSError: if the file cannot be opened.
-    """
+    """Appends whole lines to a file from any thread; reopens it after a failure."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,11 +83,7 @@ class _Appender:
         self._descriptor: int | None = _open_for_append(path)
 
     def write(self, *lines: str) -> None:
-        """Write the pending lines and these.
-
-        Raises:
-            OSError: if that fails; the lines stay pending.
-        """
+        """Write the pending lines and these."""
         with self._lock:
             self._pending += (line.encode() for line in lines)
             try:

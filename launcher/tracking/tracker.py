@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from launcher.errors import LauncherError, RunError, printable
+from launcher.errors import RunError, describe, printable
 from launcher.hardware import name_full_disk
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -151,9 +151,8 @@ class Composite:
         if stays and tracker in self._reported:
             return
         self._reported.append(tracker)
-        detail = str(error) if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
         outcome = "is retried with the next data" if stays else "is off for the rest of the run"
-        text = name_full_disk(f"{type(tracker).__name__} failed and {outcome}; training continues. {detail}", error)
+        text = name_full_disk(f"{type(tracker).__name__} failed and {outcome}; training continues. {describe(error)}", error)
         if self._trackers not in ([], [tracker]):
             self.event("alert", text)
         else:

@@ -14,29 +14,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.schema import RunConfig
 from launcher.data.sources.documents import Document, Message
-from launcher.evaluate.answers import AnswerGeneration, AnswerPace, Share
+from launcher.evaluate.answers import AnswerGeneration, Share
 from launcher.evaluate.evaluation import conclude
 from launcher.evaluate.evaluation_folder import (
     EvaluationFolder,
     EvaluationTask,
-    GeneratedIds,
     Weights,
 )
+from launcher.evaluate.metrics import GeneratedAnswer
 from launcher.evaluate.node import divide_gpus
 from launcher.evaluate.questions import EvalQuestion
 from launcher.runs import json_records
 
 NUM_QUESTIONS = 7
-
-
-def test_the_time_left_counts_the_answers_of_later_prompts() -> None:
-    pace = AnswerPace()
-    pace.num_later = 30
-    assert pace.left(10, 2) == "", "nothing was generated yet"
-    pace.count(5, 10.0)
-    assert pace.left(10, 2) == "; about 50s left in all"
-    pace.num_later = 0
-    assert pace.left(0, 2) == ""
 
 
 # Contains characters at which str.splitlines splits, but reading a file does not.
@@ -51,12 +41,12 @@ class Parrot:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
-    ) -> list[GeneratedIds]:
+    ) -> list[GeneratedAnswer]:
         texts = [self._tokenizer.decode(prompt) for prompt in prompts]
         self._log += [f"{self._weights.digest} {text}" for text in texts]
         numbers = [text.rpartition("say ")[2].partition("<")[0].strip() for text in texts]
         knows = self._weights.digest == "tuned"
-        return [GeneratedIds((1, 2), number if knows else NO, True) for number in numbers]
+        return [GeneratedAnswer(number if knows else NO, True, 2) for number in numbers]
 
     def close(self) -> None:
         pass

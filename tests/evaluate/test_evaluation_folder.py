@@ -14,7 +14,7 @@ KEY = AnswerKey("weights", "config", (2,), "prompts", 3, "plain text", "transfor
 
 
 def answer(index: int) -> StoredAnswer:
-    return StoredAnswer(index, f"line\nof {index} é", True, index)
+    return StoredAnswer(f"line\nof {index} é", True, index, index)
 
 
 def test_answers_of_several_processes_become_one_file_in_the_order_of_the_prompts(tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_scores(metric: str, text: str, reference: str, expected: float) -> None
 
 
 def test_an_answer_that_was_cut_has_not_stopped() -> None:
-    assert METRICS["stopped"].score(GeneratedAnswer("x", False, 9), "") == 0
-    assert METRICS["stopped"].score(GeneratedAnswer("x", True, 9), "") == 1
+    assert METRICS["stopped"].score(GeneratedAnswer("x", False, 9), "", MetricOptions()) == 0
+    assert METRICS["stopped"].score(GeneratedAnswer("x", True, 9), "", MetricOptions()) == 1
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def weights(tmp_path: Path) -> Weights:
 
 
 def engine_of(python: Path, weights: Weights) -> VllmEngine:
-    return VllmEngine(python, weights, None, dtype="bf16", context=128)  # type: ignore[arg-type]
+    return VllmEngine(python, weights, dtype="bf16", context=128)
 
 
 def servers(weights: Weights) -> list[psutil.Process]:
@@ -83,7 +83,7 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
         answers = engine.generate([[5, 6], [5, 6, 7]], stop_strings=["\n\n"], max_new_tokens=9)
     finally:
         engine.close()
-    assert [(one.text, one.ids, one.is_stopped) for one in answers] == [(" 2 tokens", (7, 8), False), (" 3 tokens", (7, 8), True)]
+    assert [(one.text, one.num_tokens, one.is_stopped) for one in answers] == [(" 2 tokens", 2, False), (" 3 tokens", 2, True)]
     (request,) = map(json.loads, (Path(weights.folder) / "requests.jsonl").read_text().splitlines())
     assert request["prompt"] == [[5, 6], [5, 6, 7]]
     assert (request["temperature"], request["repetition_penalty"], request["max_tokens"]) == (0, 1, 9)
@@ -111,7 +111,7 @@ def test_the_server_ends_with_a_process_that_is_killed(python: Path, weights: We
     code = (
         "import sys, time; from pathlib import Path; from launcher.evaluate.evaluation_folder import Weights\n"
         "from launcher.evaluate.vllm_engine import VllmEngine\n"
-        f"VllmEngine(Path({str(python)!r}), Weights({weights.folder!r}, '', (2,)), None, dtype='bf16', context=128)\n"
+        f"VllmEngine(Path({str(python)!r}), Weights({weights.folder!r}, '', (2,)), dtype='bf16', context=128)\n"
         "print('ready', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

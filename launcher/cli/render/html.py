@@ -33,11 +33,7 @@ _UNITS = {1e3: "k", 1e6: "M", 1e9: "G"}
 
 
 def require_writable_page(file: Path) -> Path:
-    """Reject an unwritable path, or a file that is not one of the launcher's pages.
-
-    Raises:
-        ConfigError: about `--html`.
-    """
+    """Reject an unwritable path, or a file that is not one of the launcher's pages."""
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
         what, remedy = "the page cannot be written to this path", "choose a file in a folder that you can write to"
         raise ConfigError(what, where="--html", value=str(file), remedy=remedy)
@@ -48,11 +44,7 @@ def require_writable_page(file: Path) -> Path:
 
 
 def write(file: Path, content: str) -> None:
-    """Write a page to a path that `require_writable_page` accepts.
-
-    Raises:
-        ConfigError: if it does not, or if writing fails.
-    """
+    """Write a page to a path that `require_writable_page` accepts."""
     # UTF-8 cannot encode lone surrogates, which occur in some file names.
     encoded = content.encode(errors="xmlcharrefreplace")
     try:

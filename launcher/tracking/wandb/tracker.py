@@ -167,8 +167,7 @@ class WandbTracker:
                 try:
                     call(self._session)
                 except Exception as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    self._report(f"W&B's process failed: {reason}; what it lacks is sent at the end of the attempt")
+                    self._report(f"W&B's process failed: {describe(error)}; what it lacks is sent at the end of the attempt")
                     kill_core()
                     leave_core()
                     self._session = None
@@ -326,12 +325,7 @@ class Session:
         self._run.summary.update({name: wandb.Table(columns=header, data=rows)})
 
     def finish(self, state: str) -> None:
-        """Add the lowest losses with their steps to the summary, and upload what is pending.
-
-        Raises:
-            TimeoutError: if that takes longer than FINISH_TIMEOUT_S.
-            RuntimeError: if W&B's process ended with an error.
-        """
+        """Add the lowest losses with their steps to the summary, and upload what is pending."""
         names = {name: metric.lowest for name, metric in METRICS.items() if metric.lowest is not None}
         lines = read_metrics(self._run_dir.metrics, ("eval/", *names))
         for name, summary_name in names.items():
