@@ -1,7 +1,4 @@
-"""The words of a command line: a run's file, flags and overrides; what was meant by a word that Hydra cannot read.
-
-Every verb imports this file, so what loads slowly is imported on use.
-"""
+"""The words of a command line: files, flags, overrides, and mistakes in them. Every verb imports this: imports are light."""
 
 from __future__ import annotations
 
@@ -42,20 +39,14 @@ def list_options(folders: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def is_run_file(word: str) -> bool:
-    """Return whether a word names a file: it ends in .yaml, .yml or like a file of rows, or a file with this name exists.
-
-    Reading the file refuses pipes, and files of rows with a remedy that shows how to name one.
-    """
+    """Return whether a word names a file: by its ending, or because it exists; reading it refuses pipes and files of rows."""
     if not word or "=" in word or word.startswith(("-", "+", "~")):
         return False
     return word.endswith((*SUFFIXES, *ROW_SUFFIXES)) or (os.path.exists(word) and not os.path.isdir(word))
 
 
 def names_rows_only(overrides: Sequence[str], file_choices: Collection[str]) -> bool:
-    """Return whether a command line names rows but no group option that reads them; a run's file may select one.
-
-    `file_choices` are the groups whose option the run's file selects.
-    """
+    """Return whether a command line names rows, but neither it nor a run's file (`file_choices`) an option that reads them."""
     values = {override_key(word): word.partition("=")[2] for word in overrides if not word.startswith("~")}
     if {"data", "experiment"} & {*values, *file_choices}:
         return False
@@ -63,10 +54,7 @@ def names_rows_only(overrides: Sequence[str], file_choices: Collection[str]) -> 
 
 
 def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[str], list[str], list[str], list[Problem]]:
-    """Return the run's files, Hydra's flags with their values, the overrides, and the problems of other flags.
-
-    `own_flags` are the command's flags, for suggestions.
-    """
+    """Return the run's files, Hydra's flags, the overrides, and the problems of flags, for which `own_flags` are suggested."""
     import difflib
 
     from launcher.config.schema import find_meant_setting, settings

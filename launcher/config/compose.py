@@ -1,11 +1,8 @@
 """Compose settings with Hydra into a `RunConfig`, and report all mistakes in their values at once.
 
-Hydra composes the files under conf/. Groups and keys are translated to its syntax, and a run's file becomes a config of its own.
-Overrides of keys become `++key=value`, so that Hydra does not stop at the first unknown key. The schema then reports all unknown
-keys, each with a suggestion. Hydra's errors become ConfigErrors.
-
-Only Hydra's compose interface is used: it runs no code that a file or an override names, and writes nothing. A sweep (-m) is
-composed job by job.
+Groups and keys are translated to Hydra's syntax, and a run's file becomes a config of its own. Overrides of keys become
+`++key=value`, so that Hydra does not stop at the first unknown key: the schema reports all of them. Only Hydra's compose
+interface is used: it runs no code that a file or an override names, and writes nothing. A sweep (-m) is composed job by job.
 """
 
 from __future__ import annotations
@@ -90,12 +87,9 @@ class Composed:
 def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Composed]:
     """Compose `tokens` (a command line without the verb); returns the settings of one job or, with `-m`, of each.
 
-    A word that names a run's file adds its settings. They take precedence over groups and experiments; overrides take precedence
-    over them. `own_flags` are the verb's flags, which `tokens` no longer contains; they serve as suggestions for mistyped flags.
-
-    Raises:
-        ConfigError: with every mistake in the words and the files, or else with every mistake in the values.
-        FileNotFoundError: if the working directory was deleted.
+    A word that names a run's file adds its settings, which take precedence over groups and experiments; overrides come last.
+    `own_flags` are the verb's flags, as suggestions for mistyped ones. Raises ConfigError with every mistake in the words and the
+    files, or else in the values; FileNotFoundError if the working directory was deleted.
     """
     # Hydra needs the working directory, but would not report that it was deleted.
     os.getcwd()
@@ -148,11 +142,7 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
 
 
 def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Composed:
-    """Compose a command line for one run.
-
-    Raises:
-        ConfigError: with the mistakes in it, or if it is for several runs.
-    """
+    """Compose a command line for one run. Raises ConfigError with the mistakes in it, or if it is for several runs."""
     jobs = run_hydra(tokens, own_flags)
     if len(jobs) != 1:
         remedy = "leave out -m"
@@ -161,11 +151,7 @@ def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Compose
 
 
 def require_distinct_runs(jobs: Sequence[Composed]) -> None:
-    """Refuse a sweep in which two runs would have the same directory.
-
-    Raises:
-        ConfigError: with the name that they share.
-    """
+    """Refuse a sweep in which two runs would have the same directory. Raises ConfigError with the name that they share."""
     names = Counter((job.config.run.root, job.config.run.name) for job in jobs if job.config.run.name is not None)
     for (_, name), count in names.items():
         if count > 1:

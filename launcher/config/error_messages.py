@@ -1,7 +1,4 @@
-"""Turns mistakes in settings into problems: the key, its origin, the value as typed, and the remedy.
-
-Mistakes come from the schema (pydantic), from the raw DeepSpeed keys, and from Hydra, which names at most the file.
-"""
+"""Turns mistakes in settings, found by pydantic or Hydra, into problems: the key, its origin, the value, and the remedy."""
 
 from __future__ import annotations
 
@@ -175,10 +172,7 @@ def find_yaml_problems(error: BaseException) -> list[Problem]:
 
 
 def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> Problem:
-    """Return the problem for an error in Hydra's composition, without the `++` that the launcher added.
-
-    `tokens` are the overrides, `folders` hold the composed files, in search order; `run_file` is composed with them.
-    """
+    """Return the problem for an error in Hydra's composition of `tokens`, with `folders` in search order, and `run_file`."""
     text = redact(str(error)).strip()
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
     # If a line ends in a colon, the message is on the next line.

@@ -92,12 +92,9 @@ def table(changes: Sequence[Difference], before: str = "checkpoint") -> str:
 
 
 def require_same(changes: Sequence[Difference], force: bool, run: Path, checkpoint: str, remedy: str = "") -> None:
-    """Refuse all differences that would make it another run, in one error; `force` accepts those that are not FIXED.
+    """Refuse all differences that would make it another run, in one ConfigError; `force` accepts those that are not FIXED.
 
     `remedy` replaces the usual remedy for the differences that --force accepts.
-
-    Raises:
-        ConfigError: with the differences key by key.
     """
     problems = []
     if fixed_changes := [difference for difference in changes if difference.is_fixed]:
@@ -126,11 +123,7 @@ def _is_one_of(key: str, keys: Sequence[str]) -> bool:
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = "NAME") -> RunConfig:
-    """Return `config` with `key=value` overrides, even those that a resume does not allow; errors use `run_name`.
-
-    Raises:
-        ConfigError: if a key does not exist, or a value is not accepted.
-    """
+    """Return `config` with `key=value` overrides, even those that a resume does not allow. Raises ConfigError."""
     import yaml
 
     values = config.model_dump(mode="json")

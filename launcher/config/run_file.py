@@ -33,13 +33,10 @@ _OF_HYDRA = {
 
 
 def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[RunFile, list[Problem]]:
-    """Return the content of a run's file and its problems.
+    """Return the content of a run's file and its problems. Raises ConfigError if it cannot be read as a mapping.
 
     `replaced` are the groups whose option is selected on the command line, which replaces the file's whole section. `folders`
     hold the options of the groups; without folders, the options are not checked.
-
-    Raises:
-        ConfigError: if the file cannot be read as a mapping.
     """
     root = _read_mapping(path)
     lines = {key: line for key, line, _ in yaml_nodes(path.read_text(encoding="utf-8"))}

@@ -1,8 +1,6 @@
-"""All settings: `RunConfig` with its sections (sections/), each setting with its type, default and meaning, and what an unknown
-key was meant to be.
+"""All settings: `RunConfig`, its sections (sections/), the description of each, and what an unknown key was meant to be.
 
-Pure: nothing here reads disk, network, environment or devices. Checks that do, such as whether a path exists, are in
-launcher.facts and launcher.plan.
+Pure: checks that read the disk or devices, such as whether a path exists, are in launcher.facts and launcher.plan.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""From text files to rows of tokens: begin with build.py, which builds the data cache, and loader.py, which reads it in training.
+"""Text files become rows of tokens: begin with build.py, which builds the data cache, and loader.py, which reads it in training.
 
-Only `loader` imports torch. It, `build`, `corpus`, `tokenization` and `checks.inspection` are for the workers; the
-submit side may import all other modules.
+The submit side must not import `loader`, `build`, `corpus`, `tokenization` and `checks.inspection`.
 """

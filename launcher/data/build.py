@@ -39,10 +39,8 @@ def build(
     """Build the cache for `data` and the tokenizer in the folder `tokenizer_path`, unless it exists; return its facts.
 
     `on_progress(stage, done, total)` receives counts of documents; `total` is an upper bound. Token ids beyond `num_embeddings`
-    of the model do not stop the build on their own, but are reported together with problems that do.
-
-    Raises:
-        DataError: if a source, a row or a template cannot be used, or if nothing is left to train on.
+    of the model do not stop the build on their own, but are reported together with problems that do. Raises DataError if a
+    source, a row or a template cannot be used, or if nothing is left to train on.
     """
     if problems := check_sources(data):
         raise DataError(problems)
@@ -70,11 +68,7 @@ def build_eval_sets(
     on_progress: Progress,
     num_embeddings: int | None = None,
 ) -> dict[str, DataFacts]:
-    """Build the caches of `eval_sets` with their settings, but rows built like those of `data`; return their facts by name.
-
-    Raises:
-        DataError: with the problems of all sets, each with the name of its set.
-    """
+    """Build the caches of `eval_sets`, with rows built like those of `data`; return their facts by name. Raises DataError."""
     built: dict[str, DataFacts] = {}
     problems: list[Problem] = []
     for setting, eval_set in eval_sets.items():
@@ -167,8 +161,8 @@ def _make_report(
     """Count documents and tokens for the report; `is_dropped` is bool [documents].
 
     `read` counts documents as they were read, `num_docs` documents in the rows. `dropped` were dropped by a check or for their
-    length. `unused` are left out because the mixture takes less of the source, or because data.eval_max_rows limits held-out
-    rows. Of the documents in rows, `truncated` lost tokens and `split` have several pieces.
+    length. `unused` are left out by the mixture or data.eval_max_rows. Of the documents in rows, `truncated` lost tokens and
+    `split` have several pieces.
     """
     docs, pieces = corpus.docs, corpus.pieces
     gone = is_dropped | (docs.num_pieces == 0)

@@ -27,11 +27,7 @@ MODELS, DATASETS = "models", "datasets"
 
 
 def cache_root() -> Path:
-    """Return $LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher.
-
-    Raises:
-        DataError: if other users could change what is in it.
-    """
+    """Return $LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher. Raises DataError if others can change it."""
     root = cache_path()
     require_cache(root)
     return root
@@ -92,11 +88,7 @@ def own_hub_cache() -> Path:
 
 
 def repository_folders(repo_id: str, kind: str = MODELS) -> Iterator[Path]:
-    """Yield the folders that may hold a repository, the one into which it is downloaded first.
-
-    Raises:
-        DataError: if other users could have written the launcher's own folder.
-    """
+    """Yield the folders that may hold a repository, the one into which it is downloaded first. Raises DataError."""
     caches = [_locate_hub_cache()] if _find_hub_cache_problem() is None else [own_hub_cache(), _locate_hub_cache()]
     for cache in caches:
         folder = cache / f"{kind}--{repo_id.replace('/', '--')}"
@@ -106,12 +98,7 @@ def repository_folders(repo_id: str, kind: str = MODELS) -> Iterator[Path]:
 
 
 def download_cache() -> Path:
-    """Return the cache into which repositories are downloaded, and say so if it is not the Hub's.
-
-    Raises:
-        DataError: if other users can write to the launcher's cache too.
-        OSError: if its folder cannot be created.
-    """
+    """Return the cache into which repositories are downloaded, and say so if it is not the Hub's. Raises DataError, OSError."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     problem = _find_hub_cache_problem()
@@ -126,10 +113,7 @@ def download_cache() -> Path:
 
 
 def fetch_dataset_file(repo_id: str, name: str, commit: str) -> Path:
-    """Return a file of a dataset at a commit, and download it if it is not on this machine.
-
-    Raises what huggingface_hub raises, and what `download_cache` raises.
-    """
+    """Return a file of a dataset at a commit, downloaded if it is not on this machine. Raises errors of huggingface_hub, too."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     for folder in repository_folders(repo_id, DATASETS):

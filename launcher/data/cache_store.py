@@ -60,10 +60,8 @@ _NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "workers
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
     """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions.
 
-    Paths are excluded, so a moved or renamed file gives the same key.
-
-    Raises:
-        DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
+    Paths are excluded, so a moved or renamed file gives the same key. Raises DataError if the tokenizer's folder has no
+    tokenizer, or a file cannot be read.
     """
     held_out = make_eval_source(data)
     checks = data.checks.model_dump()
@@ -132,12 +130,9 @@ def find(key: str, group: str | None = None) -> DataFacts | None:
 
 
 def read(folder: Path) -> DataFacts | None:
-    """Return the counts of the finished cache in `folder`; None if there is none, or a file is damaged.
+    """Return the counts of the finished cache in `folder`; None if there is none, or a file is damaged. Raises DataError.
 
     JSON files are compared with their digests, arrays only with their sizes, because `Split` verifies an array on use.
-
-    Raises:
-        DataError: if the cache cannot be read.
     """
     with convert_os_errors(folder):
         try:
@@ -203,10 +198,8 @@ def lock_folder(key: str, group: str | None = None) -> Iterator[Path | None]:
     """Lock the cache of `key`; yield an empty folder to fill, or None if another process has finished the cache.
 
     The folder must contain `meta.json` when the block ends; then it becomes the cache. It is removed if the block raises. If the
-    process dies, the next builder removes it. With `group`, its members can read the cache.
-
-    Raises:
-        DataError: if the folder cannot be written, another user could write to it, or another process takes too long.
+    process dies, the next builder removes it. With `group`, its members can read the cache. Raises DataError if the folder
+    cannot be written, another user could write to it, or another process takes too long.
     """
     final = cache_dir(key, group)
     # In a shared folder, users cannot lock each other's files: several may build at once, and the first to finish wins.

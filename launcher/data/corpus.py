@@ -1,8 +1,4 @@
-"""The documents of a build: read and encoded, compared with each other, and selected for training.
-
-They are held as columns; a spool on disk holds their tokens. The selection leaves out the documents that the checks drop, and
-takes as much of each source as the mixture says.
-"""
+"""The documents of a build: read and encoded, compared with each other, and selected by the checks and the mixture."""
 
 from __future__ import annotations
 
@@ -68,9 +64,9 @@ Columns = TypeVar("Columns", DocumentTable, PieceTable)
 class EncodedCorpus:
     """All documents that were read, the pieces they were cut into, and the hits of the checks on single documents.
 
-    `unread_keys`, `completions` and `bad_rows` have one entry per item of `list_inputs`.
-    `completions` counts prompts with a completion if the tokenizer has a chat template, and how many of them are written with it.
-    `bad_rows` counts unusable rows. `problems` are the problems of these rows, and of files.
+    `unread_keys`, `completions` and `bad_rows` have one entry per item of `list_inputs`. `completions` counts prompts with a
+    completion if the tokenizer has a chat template, and how many of them are written with it. `problems` are those of unusable
+    rows, and of files.
     """
 
     docs: DocumentTable
@@ -94,11 +90,7 @@ class EncodedCorpus:
 
 
 def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
-    """Read and encode all documents; append their tokens to `spool`.
-
-    Raises:
-        DataError: if the tokenizer or a template cannot be used, or no row can be used.
-    """
+    """Read and encode all documents; append their tokens to `spool`. Raises DataError if no row can be used."""
     problems = RowProblems()
     total = 0
     for source in list_inputs(data):
@@ -173,10 +165,7 @@ def _concatenate(tables: Sequence[Columns]) -> Columns:
 
 
 def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask]:
-    """Yield every document once. If data.eval_path is set, documents that a source itself holds out are in neither split.
-
-    The problems of files and sources that cannot be read are added to `problems`.
-    """
+    """Yield every document once. With data.eval_path, documents that a source itself holds out are in neither split."""
     held_out = make_eval_source(data)
     for number, source in enumerate(list_inputs(data)):
         if not source.is_read:
@@ -194,10 +183,7 @@ def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings.
-
-    `num_excluded` is the number of dropped documents that data.exclude names.
-    """
+    """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings."""
 
     is_dropped: np.ndarray
     layout: RowLayout
@@ -207,11 +193,7 @@ class Selection:
 
 
 def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
-    """Check the documents against each other, drop those that data.checks says to drop, and mix and pack the rest.
-
-    Raises:
-        DataError: if nothing is left to train on.
-    """
+    """Compare the documents, drop what data.checks says, mix and pack the rest. Raises DataError if nothing is left."""
     docs, pieces, checks = corpus.docs, corpus.pieces, data.checks
     hits = list(corpus.hits)
     is_excluded = ~docs.held_out & np.isin(docs.contents, read_exclusions(data.exclude))
@@ -309,10 +291,7 @@ def select_dropped(hits: Hits, num_docs: int, checks: ChecksSection) -> np.ndarr
 
 
 def find_losses(hits: Hits, docs: DocumentTable, checks: ChecksSection) -> Hits:
-    """Find documents that are truncated or left out; `hits` are those of the other checks.
-
-    Documents that are left out because they resemble others do not count as losses.
-    """
+    """Find truncated and dropped documents; `hits` are those of the other checks. Duplicates of others do not count as losses."""
     lost, num_tokens = docs.lost_tokens, docs.num_tokens
     reasons: dict[int, str] = {}
     for document, hit in hits:
@@ -330,7 +309,7 @@ def find_losses(hits: Hits, docs: DocumentTable, checks: ChecksSection) -> Hits:
 def collect_findings(hits: Hits, docs: DocumentTable, names: Sequence[str], trained: np.ndarray, used: np.ndarray) -> Findings:
     """Return the findings of all checks, with counts and examples; `names` are those of the sources.
 
-    The arrays are bool [documents]: whether a piece in a row has a trained token, and whether a training row holds the document.
+    `trained` and `used` are bool [documents]: whether a piece has a trained token, and whether a training row holds the document.
     """
     by_name = _group_by_check(hits)
     scopes = {**dict.fromkeys(OF_HELD_OUT, docs.held_out), "no_turn_end": trained}

@@ -73,11 +73,9 @@ class TrainBatches:
     """Random access to the steps of a run for one data rank.
 
     Global batch b consists of stream positions b * G to (b + 1) * G. Row j of micro-batch m on data rank r is index (m *
-    data_ranks + r) * micro_batch_size + j within it, so the batch is the same for every number of ranks. With
-    `group_by_length`, for rows that are not packed, the rows of one batch have similar lengths.
-
-    Raises:
-        DataError: if the split is empty, or `batch` does not divide over `data_ranks`.
+    data_ranks + r) * micro_batch_size + j within it, so the batch is the same for every number of ranks. With `group_by_length`,
+    for rows that are not packed, the rows of one batch have similar lengths. Raises DataError if the split is empty, or `batch`
+    does not divide over `data_ranks`.
     """
 
     def __init__(

@@ -31,11 +31,8 @@ def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
     Best-fit-decreasing (Johnson 1973) with look-ahead: the longest document opens a row, and the longest that fits follows. If
     possible, the last one to three documents of a row are chosen to fill it exactly.
 
-    If the smallest possible number of rows is reached, rows are only as wide as that number requires: no row is nearly empty, and
-    no batch is wider than its tokens require.
-
-    Raises:
-        ValueError: if a length is outside 1..capacity.
+    If the smallest possible number of rows is reached, rows are only as wide as that number requires: no row is nearly empty,
+    and no batch is wider than its tokens require. Raises ValueError if a length is outside 1..capacity.
     """
     lengths = np.asarray(lengths)
     if not len(lengths):
@@ -59,10 +56,7 @@ def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
 
 
 def choose_evenly(num_rows: int, max_rows: int | None) -> np.ndarray:
-    """Return the indices of at most `max_rows` of `num_rows` rows, evenly spaced.
-
-    Packed rows are sorted by their longest document, so all lengths are among them.
-    """
+    """Return at most `max_rows` row indices, evenly spaced. Packed rows are sorted by length, so all lengths are among them."""
     if max_rows is None or num_rows <= max_rows:
         return np.arange(num_rows)
     return np.linspace(0, num_rows - 1, max_rows).round().astype(int)
@@ -76,8 +70,7 @@ def place_one_per_row(num_docs: int) -> RowLayout:
 def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
     """Return (for each length the rows of its documents, number of rows) for counts[n] documents of n tokens.
 
-    Lengths that fill a row fill as many rows as there are documents for, so the work grows with the number of different lengths,
-    not with the number of documents.
+    Lengths that fill a row fill as many rows as there are documents for: the work grows with the number of different lengths.
     """
     stock = _Stock(counts, capacity)
     rows_by_length: list[list[int]] = [[] for _ in counts]

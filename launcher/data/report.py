@@ -42,14 +42,10 @@ def report(
 
     Fractions are 0 to 1, lengths are in tokens. `length_histogram` counts documents per bin of up to `max_tokens` tokens.
     `padding_frac` is the share of padding in the micro-batches of the first epoch in the order of `seed`, see `_count_padding`.
-    `row_tokens` is the longest row. `turn_ends` are the
-    tokens that end trained turns; `stops` is true for those in `stop_ids`, at which the model stops generating. `shown` has
-    `num_shown` evenly spaced rows, or three documents of medium length if that is 0, with keys, passwords, e-mail addresses and
-    telephone numbers redacted. `eval_sets` are the caches of eval.sets by name. `decode` returns the text of token ids, with
-    special tokens.
-
-    Raises:
-        DataError: if any block of the cache is damaged.
+    `row_tokens` is the longest row. `turn_ends` are the tokens that end trained turns; `stops` is true for those in `stop_ids`,
+    at which the model stops generating. `shown` has `num_shown` evenly spaced rows, or three documents of medium length if that
+    is 0, with keys, passwords, e-mail addresses and telephone numbers redacted. `eval_sets` are the caches of eval.sets by name.
+    `decode` returns the text of token ids, with special tokens. Raises DataError if any block of the cache is damaged.
     """
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     for opened in (split, held_out):
@@ -112,8 +108,8 @@ def _report_sources(
 ) -> list[Numbers]:
     """Return the numbers of each source; `counts` are those that the build recorded.
 
-    `epochs` is the number of passes in one epoch of the run. `unused_documents` are the documents that the mixture leaves out
-    because of the settings in `limited_by`. `is_read` is false for a source of weight 0.
+    `epochs` is the number of passes in one epoch of the run. `unused_documents` are left out because of the settings in
+    `limited_by`.
     """
     paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(counts) - len(data.sources))
     return [
@@ -192,10 +188,7 @@ def _count_padding(split: Split, train: TrainSection, seed: int, padded_rows: in
 
 
 def _describe_documents(lengths: np.ndarray, trained: np.ndarray) -> Numbers:
-    """Return the numbers for documents with `lengths` tokens, of which `trained` are trained.
-
-    The histogram counts documents per power of two of tokens, without empty bins at both ends.
-    """
+    """Return the numbers for documents of `lengths` tokens, of which `trained` are trained, with a histogram per power of two."""
     tokens = int(lengths.sum())
     spread, histogram = None, []
     if len(lengths):

@@ -56,11 +56,9 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 def compute_budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
     """Return the number of tokens that one epoch takes of each source; `num_tokens` are those that each source has.
 
-    A source provides `epochs` passes over its documents, and at most `max_tokens`. Sources with a weight provide less if
-    needed, so that their tokens are proportional to their weights; the scarcest of them determines the scale.
-
-    Raises:
-        DataError: if the weights sum to zero, or a source with a weight has no tokens.
+    A source provides `epochs` passes over its documents, and at most `max_tokens`. Sources with a weight provide less if needed,
+    so that their tokens are proportional to their weights; the scarcest of them determines the scale. Raises DataError if the
+    weights sum to zero, or a source with a weight has no tokens.
     """
     limits = [
         min(source.epochs * tokens, math.inf if source.max_tokens is None else source.max_tokens)
@@ -85,10 +83,9 @@ def compute_shares(sources: Sequence[Source], num_tokens: Sequence[int]) -> list
 
 
 def draw_passes(lengths: np.ndarray, budget: int, seed: int) -> list[np.ndarray]:
-    """Return the document indices of each pass over a source: whole passes first, then documents for the rest of the budget.
+    """Return the document indices, ascending, of each pass over a source: whole passes, then documents for the rest.
 
-    The documents of the last pass are drawn by `seed` only, so they represent the whole source. Indices are ascending in each
-    pass.
+    Those of the last pass are drawn by `seed` only, so they represent the whole source.
     """
     total = int(lengths.sum())
     if not total:
@@ -106,10 +103,8 @@ def layout_training(
     """Return the rows of the training documents, and the number of passes over each source.
 
     `lengths` and `sources` are for all documents, `selected` are the indices of the documents to train on. Each pass over the
-    sources is packed separately, so no row holds a document twice.
-
-    Raises:
-        DataError: if no document of a source fits into the tokens that the mixture takes from it.
+    sources is packed separately, so no row holds a document twice. Raises DataError if no document of a source fits into the
+    tokens that the mixture takes from it.
     """
     by_source = [selected[sources[selected] == i] for i in range(len(data.sources))]
     num_tokens = [int(lengths[indices].sum()) for indices in by_source]
@@ -158,10 +153,7 @@ def write(
     columns: Mapping[str, np.ndarray],
     spooled: tuple[np.ndarray, np.ndarray],
 ) -> str:
-    """Write the arrays of a split into `folder` and return their hex digest.
-
-    `lengths` and `columns` are for all documents, `spooled` holds their tokens and trained marks.
-    """
+    """Write a split into `folder`; return its hex digest. `lengths`, `columns` and `spooled` are those of all documents."""
     docs = _find_starts(lengths[layout.order])
     tokens, trained = spooled
     begins = _find_starts(lengths)[:-1]
@@ -180,8 +172,8 @@ def write_documents(
 ) -> tuple[DataFacts, np.ndarray]:
     """Write documents of a run's data in another form as a split into `folder`, to be scored.
 
-    `tokens` and `trained` are those of all documents, one after the other. Returns the facts of the split, whose counts are 0,
-    and the indices of the documents in the order of the split.
+    `tokens` and `trained` are those of all documents. Returns the split's facts, with counts of 0, and its order of the
+    documents.
     """
     width = max(data.max_length, int(lengths.max(initial=1)))
     layout = packing.pack(lengths, width) if data.packing else packing.place_one_per_row(len(lengths))

@@ -1,14 +1,9 @@
 """The arrays of one split of a data cache: written in parts, memory-mapped, and verified block by block before their first use.
 
 One file per split holds the digests as little-endian uint64: for each array, its size in bytes and one digest per block. The
-digest of this file is part of DataFacts.digest in the plan, so a rank refuses a cache that its run was not planned with.
-
-The origin of each document is beside the arrays: its file, its line, and the hash of its content.
-
-    origins.npy         file uint32, line int64, content uint64: one entry for each document of the split
-    origins.json        of both splits: the texts before the line numbers, indexed by `file`
-
-No torch, no transformers: the submit side imports this module.
+digest of this file is part of DataFacts.digest in the plan, so a rank refuses a cache that its run was not planned with. The
+origin of each document is beside the arrays: in origins.npy its file (uint32, an index of origins.json), line (int64), and the
+hash of its content (uint64). No torch, no transformers: the submit side imports this module.
 """
 
 from __future__ import annotations
@@ -95,11 +90,7 @@ class CheckedArray:
         return self._values
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
-        """Verify the blocks that hold the bytes start..stop - 1, by default all; thread-safe.
-
-        Raises:
-            DataError: if a block does not match its digest.
-        """
+        """Verify the blocks that hold the bytes start..stop - 1, by default all; thread-safe. Raises DataError."""
         block, end = start // BLOCK_BYTES, -(-(self._num_bytes if stop is None else stop) // BLOCK_BYTES)
         while (block := self._verified.find(0, block, end)) >= 0:
             self._verify_block(block)
@@ -148,10 +139,8 @@ class Split:
         """Map the training or the held-out split of the finished cache that `facts` describe.
 
         Each block of `tokens` and `trained` is verified before its first use. Their first blocks and all other arrays are
-        verified here. Columns of `named` that the cache does not store have their default.
-
-        Raises:
-            DataError: if the cache cannot be read, is not the one that `facts` describe, or is damaged.
+        verified here. Columns of `named` that the cache does not store have their default. Raises DataError if the cache cannot
+        be read, is not the one that `facts` describe, or is damaged.
         """
         cache = Path(facts.cache_dir)
         folder = cache / "eval" if held_out else cache
@@ -294,10 +283,7 @@ class DocumentOrigins:
 
 
 def write_origins(folder: Path, documents_by_split: Sequence[np.ndarray], wheres: Sequence[str], contents: np.ndarray) -> None:
-    """Write the origins of the training and the held-out split into the folder of a cache.
-
-    `documents_by_split` are the indices of each split's documents in `wheres` and `contents` (uint64).
-    """
+    """Write the origins of both splits; `documents_by_split` are indices of `wheres` and `contents` (uint64)."""
     numbers: dict[str, int] = {}
     entries = np.zeros(len(wheres), _ORIGIN)
     entries["content"] = contents

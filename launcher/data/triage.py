@@ -71,10 +71,7 @@ def write_answers_alone(split: Split, folder: Path, data: DataSection) -> tuple[
 
 
 def compute_mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the number of trained tokens of each document of a split, and their mean loss in nats, NaN if there are none.
-
-    `log_probs` are those of all trained tokens of the split, in order.
-    """
+    """Return each document's number of trained tokens, and mean loss in nats, NaN if there are none; `log_probs` are in order."""
     counts = split.columns["num_trained"].astype(np.int64)
     ends = np.concatenate([[0], np.cumsum(counts)])
     sums = np.concatenate([[0.0], np.cumsum(log_probs, dtype=np.float64)])
@@ -83,10 +80,7 @@ def compute_mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray
 
 
 def compute_explained_shares(loss: np.ndarray, loss_alone: np.ndarray) -> np.ndarray:
-    """Return the share of each answer's loss that its prompt explains, at most 1; NaN without a prompt.
-
-    An answer with a share of 0 or less is no likelier with its prompt: it is likely mislabeled.
-    """
+    """Return the share of each answer's loss that its prompt explains, at most 1; 0: likely mislabeled; NaN: no prompt."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(1 - loss / loss_alone)
 
@@ -112,11 +106,7 @@ def write_exclusions(file: Path, documents: Iterable[Mapping[str, Any]]) -> None
 
 
 def read_exclusions(file: str | None) -> np.ndarray:
-    """Return the hashes of the documents to leave out, uint64; empty without a file.
-
-    Raises:
-        DataError: if the file cannot be read, with the line.
-    """
+    """Return the hashes of the documents to leave out, uint64; empty without a file. Raises DataError with the line."""
     contents = []
     try:
         # Not splitlines, which also splits at U+2028 and other characters in the texts of documents.

@@ -112,11 +112,8 @@ def export(task: ExportTask, card: RenderCard | None = None, make_progress: Make
     """Write a checkpoint as a folder that transformers and servers load, in place of an earlier export.
 
     The weights take a few MiB of memory for any model size; `task.check` loads the complete model at the end. Shards are not
-    verified: call `verify_checkpoint` first.
-
-    Raises:
-        CheckpointError: if the config describes another model, a weight differs from the engine's, the check fails, or `out`
-            holds files that are not an export; `out` stays as it was.
+    verified: call `verify_checkpoint` first. Raises CheckpointError if the config describes another model, a weight differs from
+    the engine's, the check fails, or `out` holds files that are not an export; `out` stays as it was.
     """
     try:
         begin_export(task)
@@ -145,10 +142,7 @@ def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = ignore_pro
     """Verify the checkpoint files whose damage `write_rank_files` would not detect.
 
     An export in the engine's dtype compares every byte that it writes with digests. Then the shards, including the optimizer
-    states, need not be read.
-
-    Raises:
-        CheckpointError: if a file is damaged.
+    states, need not be read. Raises CheckpointError if a file is damaged.
     """
     manifest = store.open_checkpoint(task.checkpoint).manifest
     names = set(manifest.files)
@@ -162,11 +156,7 @@ def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = ignore_pro
 
 
 def begin_export(task: ExportTask) -> None:
-    """Create the unfinished folder with everything except weights, index and card.
-
-    Raises:
-        CheckpointError: if `out` holds files that are not an export, or the config describes another model.
-    """
+    """Create the unfinished folder with all but weights, index and card. Raises CheckpointError."""
     state = read_state(task.checkpoint)
     if task.out.exists() and not (task.out / EXPORT_RECORD).exists() and any(task.out.iterdir()):
         raise CheckpointError(
@@ -266,11 +256,7 @@ def _folder_to_load(task: ExportTask, folder: Path) -> Path:
 
 
 def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
-    """Write the config.json of a base model, and how its weight files store the `saved` tensors if they do it differently.
-
-    Raises:
-        CheckpointError: if the config describes a model with other tensors.
-    """
+    """Write the config.json of a base model, and how its weight files store the `saved` tensors if they do it differently."""
     config = dict(model) if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
     # The base model may have been quantized, but these weights are not; nor do they have the base model's file names.
     for key in ("quantization_config", "torch_dtype", "transformers_weights", *(() if task.runs_code else ("auto_map",))):

@@ -41,10 +41,7 @@ def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.envi
 
 @functools.cache
 def is_public(repo_id: str) -> bool | None:
-    """Return whether anyone can read a repository on the Hub; None if the Hub cannot be reached from here.
-
-    If a repository does not exist, `push` creates it as private.
-    """
+    """Return whether anyone can read a repository; None if the Hub cannot be reached, False if `push` will create it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -60,11 +57,8 @@ def is_public(repo_id: str) -> bool | None:
 def push(folder: Path, repo_id: str, *, again: str) -> str:
     """Upload an exported folder in one commit and return its address; a repository created for it is private.
 
-    `again` is the command that repeats the push.
-
-    Raises:
-        PushError: if the token is missing, the repository is public, a link leaves the folder, or the upload fails; the folder
-            stays as it is.
+    `again` is the command that repeats the push. Raises PushError if the token is missing, the repository is public, a link
+    leaves the folder, or the upload fails; the folder stays as it is.
     """
     if problem := token_problem("the environment", repo_id):
         raise PushError(replace(problem, remedy=f"set it, then: {again}"))

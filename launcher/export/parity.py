@@ -43,11 +43,7 @@ class LogitParity:
 
 
 def build_on_meta(folder: Path, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
-    """Build the model of `folder`'s config on the meta device.
-
-    Raises:
-        CheckpointError: if transformers cannot build it.
-    """
+    """Build the model of `folder`'s config on the meta device. Raises CheckpointError if transformers cannot build it."""
     remote = code_option(trust_remote_code, folder)
     # transformers imports a class on first access, which must not happen on the meta device.
     model_class = transformers.AutoModelForCausalLM
@@ -64,11 +60,7 @@ def build_on_meta(folder: Path, trust_remote_code: bool = False) -> transformers
 
 
 def require_same_tensors(built: transformers.PreTrainedModel, saved: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the parameters and buffers of a model with those that a checkpoint holds.
-
-    Raises:
-        CheckpointError: if their names or shapes differ.
-    """
+    """Compare the tensors of a model with those that a checkpoint holds. Raises CheckpointError if names or shapes differ."""
     tied = built.all_tied_weights_keys
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
     differing = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
@@ -126,11 +118,7 @@ def _choose_attention(config: Any) -> str:
 
 @torch.no_grad()
 def require_finite(model: transformers.PreTrainedModel) -> None:
-    """Run one short forward pass.
-
-    Raises:
-        CheckpointError: if its logits are not finite.
-    """
+    """Run one short forward pass. Raises CheckpointError if its logits are not finite."""
     ids = torch.arange(_FORWARD_TOKENS, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
     if not torch.isfinite(model(input_ids=ids, use_cache=False).logits).all():
         raise CheckpointError(
@@ -164,11 +152,7 @@ def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[
 
 
 def require_parity(parity: LogitParity) -> None:
-    """Check the parity against its bound, which the comment on `MAX_MEAN_KL_*` explains.
-
-    Raises:
-        CheckpointError: if the exported model's logits differ by more than rounding.
-    """
+    """Raise CheckpointError if the exported model's logits differ by more than rounding: see the comment on `MAX_MEAN_KL_*`."""
     if not parity.mean_kl <= parity.max_mean_kl:  # a NaN fails as well
         raise CheckpointError(
             "the exported model's logits differ from the trained model's",

@@ -124,7 +124,7 @@ def plan_files(
 ) -> FileLayout:
     """Distribute parameters over files of at most `max_file_bytes`, unless one parameter alone is larger.
 
-    `stored` has the names and shapes of the tensors that hold a parameter or a buffer, for those that files store differently.
+    `stored` has the names and shapes of the stored tensors for parameters and buffers that files store differently.
     """
     differing = stored or {}
     planned = {
@@ -151,11 +151,7 @@ def plan_files(
 
 
 def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
-    """Read the engine's dtype and digests from the shards' headers, None if a shard has none.
-
-    Raises:
-        CheckpointError: if a header cannot be parsed, or the shards differ in dtype.
-    """
+    """Read the engine's dtype and digests from the shards' headers, None if a shard has none. Raises CheckpointError."""
     metadata = [shards.shard(rank).metadata for rank in range(shards.world_size)]
     if any(safetensors_io.WEIGHTS not in one for one in metadata):
         return None
@@ -180,10 +176,7 @@ def write_files(
     """Write and fsync the files `names` of the layout into `folder`; `on_write` is called with the bytes of each block.
 
     The function takes the memory of three blocks of half a million elements, for any model size. With `engine` None, it does not
-    compare.
-
-    Raises:
-        CheckpointError: if a weight or a buffer differs from the engine's.
+    compare. Raises CheckpointError if a weight or a buffer differs from the engine's.
     """
 
     def read_file(name: str) -> Iterator[memoryview]:
@@ -348,10 +341,7 @@ def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str
 
 
 def try_to_find_stored_names(folder: Path, trust_remote_code: bool, saved: Mapping[str, Shape], output: Path) -> None:
-    """Write a StoredNames record by the config of a folder; the names of the model if transformers cannot build it.
-
-    A separate process finds them, because this one may have imported transformers without torch.
-    """
+    """Write a StoredNames record in a process of its own, as this one may have imported transformers without torch."""
     command = [sys.executable, "-P", "-m", "launcher.export.weights", str(folder), str(output), str(int(trust_remote_code))]
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(command, input=json.dumps(saved), text=True, capture_output=True, timeout=_NAMES_DEADLINE_S)

@@ -1,9 +1,4 @@
-"""Find a run's model, check its files and read its architecture.
-
-`model.path` and `model.tokenizer` name a local folder, a Hub repository, a GGUF file in a Python package or another run's
-checkpoint. Only reads the disk: `python -m launcher.worker.prepare` downloads and converts what is missing. Does not import
-torch.
-"""
+"""Find a run's model in any form of `model.path`, check its files and read its architecture; without network and torch."""
 
 from __future__ import annotations
 
@@ -275,11 +270,7 @@ class Located:
 
 
 def locate(source: str, model: ModelSection) -> Located:
-    """Find `model.path` or `model.tokenizer`, in any of its forms, without a network.
-
-    Raises:
-        ConfigError: if the package, run or checkpoint that `source` names does not exist.
-    """
+    """Find `model.path` or `model.tokenizer`, in any of its forms, without a network. Raises ConfigError if it names nothing."""
     if source.startswith("package:"):
         file = package_file(source)
         if file is None:
@@ -343,9 +334,8 @@ def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator
     """Yield a problem for each of `paths`, and each file below them, that leads out of the folder by a link.
 
     In a folder from another user, a link such as `LICENSE -> ~/.ssh/id_rsa` would copy a private file from this machine into the
-    export, the Hub repository or the mirror.
-
-    Without `paths`, it checks the weights, and the files that an export or a mirror may copy. Links may lead to blobs of the Hub.
+    export, the Hub repository or the mirror. Without `paths`, it checks the weights, and the files that an export or a mirror may
+    copy. Links may lead to blobs of the Hub.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -1,7 +1,6 @@
-"""The parent of a run: the run and checkpoint that its initial weights come from, `model.path=run:NAME[@STEP]`.
+"""The parent of a run, whose checkpoint gives its initial weights: `model.path=run:NAME[@STEP]`. Only reads the disk.
 
-This module only reads the disk. `python -m launcher.worker.prepare` writes the parent's weights as a Hugging Face folder into the
-launcher's cache, once, before any GPU is allocated.
+`python -m launcher.worker.prepare` writes these weights as a Hugging Face folder before any GPU is allocated.
 """
 
 from __future__ import annotations
@@ -40,11 +39,7 @@ class ParentCheckpoint:
 
 
 def resolve_parent(config: RunConfig) -> ParentCheckpoint:
-    """Find the checkpoint that `model.path` names, or the newest one if it names no step.
-
-    Raises:
-        ConfigError: if there is no such run or checkpoint, or if the run is the one to be started.
-    """
+    """Find the checkpoint that `model.path` names, or the newest one. Raises ConfigError, also for the run to be started."""
     root = Path(config.run.root).expanduser()
     parent = find_parent(config.model.path or "", root)
     if config.run.name is not None and (root / config.run.name).resolve() == parent.run.root:
@@ -57,11 +52,7 @@ def resolve_parent(config: RunConfig) -> ParentCheckpoint:
 
 
 def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
-    """Find the checkpoint of `run:NAME[@STEP]`; a NAME is searched for under `root`.
-
-    Raises:
-        ConfigError: for model.path, listing the runs or steps that exist.
-    """
+    """Find the checkpoint of `run:NAME[@STEP]`; a NAME is searched for under `root`. Raises ConfigError with those that exist."""
     match = RUN_PATTERN.fullmatch(path)
     if match is None:
         raise _make_error("is not a run", path, "write run:NAME or run:NAME@STEP")

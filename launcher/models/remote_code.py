@@ -119,12 +119,9 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     """Return the folder from which transformers may load the model in `folder`.
 
     For a model that may run its own code, this is a private copy of config.json and the Python files, with links to the other
-    files. The code must have the digest. Without a digest, as with a pinned commit from the Hub, its folder must belong to owners
-    whom this user trusts. `code` is the folder of the Python files, if that is another folder.
-
-    Raises:
-        ConfigError: if other code would run.
-        OSError: if a file cannot be read, or copied.
+    files. The code must have the digest. Without a digest, as with a pinned commit from the Hub, its folder must belong to
+    owners whom this user trusts. `code` is the folder of the Python files, if that is another folder. Raises ConfigError if
+    other code would run. Raises OSError if a file cannot be read, or copied.
     """
     _hide_kernels()
     _admit_private_copies_only()
@@ -173,9 +170,7 @@ def _admit_private_copies_only() -> None:
     """Make transformers refuse, in this process, to import the code of a model from anywhere but a private copy.
 
     Many things lead it to other code: what config.json names, also under names that the checks do not know, a task, a setting.
-
-    Raises:
-        ConfigError: from then on, where transformers would import other code.
+    Raises ConfigError from then on, where transformers would import other code.
     """
     # Only the worker side calls this; the submit side imports this module without transformers.
     dynamic_module_utils = importlib.import_module("transformers.dynamic_module_utils")
@@ -209,10 +204,7 @@ def _remove(folder: Path, pid: int) -> None:
 
 @functools.cache
 def use_private_modules() -> Path:
-    """Make transformers copy code to a private folder and import it from there, even if transformers is already imported.
-
-    Returns the folder, which other packages that read HF_MODULES_CACHE also use.
-    """
+    """Make transformers copy code to a private folder, which is returned, and import it from there, also if already imported."""
     modules = _make_private_folder() / "modules"
     modules.mkdir()
     os.environ[MODULES_CACHE] = str(modules)

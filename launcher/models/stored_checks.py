@@ -1,8 +1,4 @@
-"""Results of checks that need torch, stored in the launcher's cache under a digest of everything that they depend on.
-
-So the submit side reads them without starting a process: whether packed documents affect each other in a model, the number of its
-parameters, and how weight files differ from it. launcher.worker.checks.model_check finds all of them out.
-"""
+"""Results of launcher.worker.checks.model_check, which needs torch, in the launcher's cache under a digest of their inputs."""
 
 from __future__ import annotations
 
@@ -25,11 +21,7 @@ _FORMAT = 6
 
 
 def load(kind: str, key: Any) -> dict[str, Any] | None:
-    """Read the stored result of a kind of check; None if there is none.
-
-    Raises:
-        DataError: if another user could have written it.
-    """
+    """Read the stored result of a kind of check; None if there is none. Raises DataError if other users could have written it."""
     file = _name_file(kind, key)
     try:
         values = json.loads(file.read_bytes())
@@ -39,11 +31,7 @@ def load(kind: str, key: Any) -> dict[str, Any] | None:
 
 
 def save(kind: str, key: Any, values: Mapping[str, Any]) -> None:
-    """Store the result of a check.
-
-    Raises:
-        DataError: if the launcher's cache cannot be written.
-    """
+    """Store the result of a check. Raises DataError if the launcher's cache cannot be written."""
     file = _name_file(kind, key)
     with cache_dir.convert_os_errors(file.parent):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

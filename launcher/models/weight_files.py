@@ -1,7 +1,6 @@
 """Reads the headers of weight files, and the stored result of comparing those of a folder with the model.
 
-The comparison needs transformers and runs in `launcher.worker.checks.model_check`. The header of safetensors files is documented
-at https://huggingface.co/docs/safetensors.
+The header of safetensors files is documented at https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -97,11 +96,7 @@ def make_path_problem(message: str, path: Path, remedy: str) -> Problem:
 
 
 def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
-    """Return the files that transformers loads from a folder, including missing shards; empty if there are none.
-
-    Raises:
-        ConfigError: if config.json or the index cannot be read, or names a file outside the folder.
-    """
+    """Return the files that transformers loads from a folder, including missing shards. Raises ConfigError for a bad index."""
     chosen = read_json(folder / "config.json").get("transformers_weights")
     names = [chosen] if isinstance(chosen, str) else [*_SAFE_NAMES, *(_PICKLED_NAMES if with_pickled else ())]
     file = next((folder / name for name in names if is_plain_name(name) and (folder / name).is_file()), None)
@@ -125,10 +120,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def file_problem(file: Path, key: str = "model.path") -> Problem | None:
-    """Return why a file is not what its name says, as after an interrupted download; None if nothing is found.
-
-    Of weight files, only the header is read. Only the first bytes of other files are.
-    """
+    """Return why a file is not what its name says, by its header or first bytes, as after an interrupted download; else None."""
     try:
         if file.suffix == ".safetensors":
             read_header(file)
@@ -159,11 +151,7 @@ def _require_content(file: Path, head: bytes) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ConfigError: if the file holds something else, with the line and column.
-    """
+    """Read a JSON object. Raises ConfigError if the file holds something else, with the line and column."""
     where, reason = str(file), "does not hold a JSON object"
     try:
         raw = file.read_bytes()
@@ -179,11 +167,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> Mapping[str, TensorHeader]:
-    """Return the tensors of a safetensors file by name, without reading their data.
-
-    Raises:
-        ConfigError: if it is not a complete safetensors file.
-    """
+    """Return the tensors of a safetensors file by name, without reading their data. Raises ConfigError if it is incomplete."""
     return _read_header(file)[0]
 
 
@@ -234,21 +218,13 @@ def count_parameters(folder: Path, config: Mapping[str, Any]) -> int | None:
 
 
 def load_report(folder: Path, model: ModelSection) -> WeightReport | None:
-    """Read the stored result of comparing the folder's weights with its model; None if they were not compared.
-
-    Raises:
-        ConfigError: if a weight file is damaged.
-    """
+    """Read the stored comparison of the folder's weights with its model; None if there is none. Raises ConfigError."""
     values = stored_checks.load("weight-checks", _make_key(folder, model))
     return None if values is None else WeightReport(**{name: tuple(tensors) for name, tensors in values.items()})
 
 
 def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None:
-    """Store the result of a comparison.
-
-    Raises:
-        DataError: if the launcher's cache cannot be written.
-    """
+    """Store the result of a comparison. Raises DataError if the launcher's cache cannot be written."""
     stored_checks.save("weight-checks", _make_key(folder, model), asdict(report))
 
 
@@ -277,11 +253,7 @@ def _make_key(folder: Path, model: ModelSection) -> list[Any]:
 
 
 def read_gguf_config(file: Path) -> dict[str, Any]:
-    """Return the architecture of the model, under the keys of a config.json.
-
-    Raises:
-        ValueError: if the file is not a GGUF file, or lacks one of the numbers.
-    """
+    """Return the architecture of the model, under the keys of a config.json. Raises ValueError if the file lacks a number."""
     fields = read_gguf(file)
     try:
         architecture = str(fields["general.architecture"])
@@ -304,11 +276,7 @@ def read_gguf_config(file: Path) -> dict[str, Any]:
 
 
 def read_gguf(file: Path) -> dict[str, Any]:
-    """Read the metadata by key; strings in arrays stay bytes, because only the length of such an array is used.
-
-    Raises:
-        ValueError: if the file is not a GGUF file of a supported version, or is truncated.
-    """
+    """Read the metadata by key; strings in arrays stay bytes, because only their number is used. Raises ValueError."""
     try:
         with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             magic, version, _, num_fields = struct.unpack_from("<4sIQQ", data)

@@ -97,11 +97,7 @@ class ClusterSection(SettingsSection):
         return None
 
     def completed(self, environ: Mapping[str, str]) -> ClusterSection:
-        """Return the settings for a plan, completed with information about the machines from the command's environment.
-
-        Raises:
-            ConfigError: if the environment contradicts the settings.
-        """
+        """Return the settings for a plan, completed from the command's environment. Raises ConfigError if they contradict."""
         return self
 
     @property

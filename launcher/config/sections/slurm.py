@@ -1,8 +1,4 @@
-"""The settings of Slurm, with Slurm's own names.
-
-Every text has a pattern, because it becomes part of a batch script: the patterns refuse characters that could end a line, a word
-or a quotation.
-"""
+"""The settings of Slurm. The pattern of each text refuses characters that could end a line, a word or a quotation in a script."""
 
 from __future__ import annotations
 

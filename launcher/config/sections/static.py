@@ -1,8 +1,4 @@
-"""The settings for machines that all run the same command, no matter what starts it; and which of them this machine is.
-
-Settings and providers' variables say how many machines there are, which one this is, and where they meet. Pure: the environment
-is an argument.
-"""
+"""The settings for machines that all run the same command; and which of them this machine is, by settings and variables. Pure."""
 
 from __future__ import annotations
 
@@ -161,12 +157,9 @@ def _read_value(key: str, section: StaticSection, environ: Mapping[str, str], ch
 
 
 def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> NodeIdentity:
-    """Return which machine this is; `chosen` are the names of the settings that the command sets, which precede variables.
+    """Return which machine this is, or raise ConfigError; `chosen` are settings of the command, which precede variables.
 
     If nothing gives the number of machines, `section` does, for example that of a continued plan.
-
-    Raises:
-        ConfigError: with everything that is missing or does not fit, or a variable that cannot be read.
     """
     problems = [
         Problem("this command was started several times on one machine", name, value, "start it once on each machine")

@@ -1,7 +1,6 @@
-"""Findings of the data checks: counts, examples, and whether the settings accept them.
+"""Findings of the data checks (findings.json in the cache): counts, examples, and whether the settings of a run accept them.
 
-`findings.json` in the cache holds the findings; the settings of the run decide whether a finding refuses it. No torch, no
-transformers: the submit side reads the findings before anything starts.
+No torch, no transformers: the submit side reads the findings before anything starts.
 """
 
 from __future__ import annotations

@@ -107,10 +107,7 @@ def inspect(
 
 
 def _compute_hashes(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int, int, int, int, int, int], bytes, str]:
-    """Return the hashes of `Inspection`, in its order, the text of the signature, and the normalized text of all parts.
-
-    `parts` are the document's own, in order: tools, system, messages.
-    """
+    """Return the hashes of `Inspection`, in its order, the text of the signature, and the normalized text of all `parts`."""
     num_tools = int(bool(parts) and parts[0].where == "tools")
     num_system = num_tools + int(len(parts) > num_tools and parts[num_tools].where == "system")
     # Everything before the first answer.

@@ -65,10 +65,9 @@ def normalize(text: str) -> str:
 
 
 def make_comparable(text: str) -> bytes:
-    """Return a text in UTF-8, normalized for comparison: compatibility forms (NFKC), no invisible characters, no punctuation.
+    """Return a text in UTF-8, normalized for comparison: NFKC, without invisible characters, punctuation, spaces around signs.
 
-    Punctuation becomes a space, so that 1.5 does not become 15. Arithmetic signs and brackets stay, without spaces around the
-    signs.
+    Punctuation becomes a space, so that 1.5 does not become 15. Arithmetic signs and brackets stay.
     """
     if not text:
         return b""
@@ -258,10 +257,7 @@ def _select_signed(signatures: Signatures, documents: np.ndarray) -> tuple[np.nd
 
 
 def find_near_pairs(signatures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield pairs (a, b, similarity) with a < b and an estimated similarity of at least THRESHOLD; pairs may repeat.
-
-    `signatures` is uint16 [documents, NUM_SLOTS].
-    """
+    """Yield pairs (a, b, similarity) of rows of `signatures` with a < b and at least THRESHOLD; pairs may repeat."""
     for band in _iterate_bands():
         keys = _hash_band(signatures, band)
         order = np.argsort(keys, kind="stable")

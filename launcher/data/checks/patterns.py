@@ -132,10 +132,7 @@ def mask(pattern: TextPattern, match: re.Match[str]) -> str:
 
 
 def redact(parts: Sequence[str]) -> list[str]:
-    """Return the parts of a text with every likely key, password, e-mail address and telephone number replaced.
-
-    A match that spans several parts is shown in the part where it begins.
-    """
+    """Return the parts of a text, redacted; a match that spans several parts is shown in the part where it begins."""
     full_text = "".join(parts)
     candidates = find_candidates(full_text.lower().encode())
     matches = sorted((*match.span(), mask(pattern, match)) for pattern, match in find_matches(full_text, candidates))

@@ -74,13 +74,7 @@ PHRASINGS = {
 
 @dataclass(frozen=True)
 class BuiltinSource:
-    """A data set of the launcher.
-
-    Attributes:
-        read: yields each document with True if the data set itself holds it out.
-        count: returns the number of documents.
-        digest: returns a text that changes with the documents.
-    """
+    """A data set of the launcher: its documents, each with True if it is held out, their count, and a digest of the text."""
 
     read: Callable[[], Iterator[tuple[Document, bool]]]
     count: Callable[[], int]

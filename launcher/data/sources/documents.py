@@ -1,7 +1,4 @@
-"""Documents, which are the content of a row independent of its format, and reading values from a row. Pure.
-
-Documents are picklable. What cannot be used is refused with the place of the row.
-"""
+"""Documents, which are the content of a row independent of its format, and reading values from a row. Pure, picklable."""
 
 from __future__ import annotations
 
@@ -62,11 +59,7 @@ _MISSING_REMEDY = f"add the key, set the source's format, or name the row's own 
 
 
 def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> Any:
-    """Return `row[key]`, which must be of the type `kind`; `prefix` is the key path of `row` in the whole row.
-
-    Raises:
-        DataError: if the key is missing, the value has another type, or it is not valid Unicode.
-    """
+    """Return `row[key]`, or raise DataError if it is not a `kind`; `prefix` is the key path of `row` in the whole row."""
     if key not in row:
         # A source's format and columns concern the keys of the row, not those of its messages.
         remedy = f"write {prefix}{key}, or remove the row" if prefix else _MISSING_REMEDY
@@ -91,10 +84,7 @@ def read_optional(row: Row, key: str, where: str, prefix: str = "") -> str | Non
 
 
 def find_value(row: Row, path: str) -> Any:
-    """Return the value of a key of the row, or of a key inside its objects and lists (data.question, turns.0); None if missing.
-
-    Objects and lists may be JSON text, as in tables.
-    """
+    """Return a key's value, also inside objects and lists, which may be JSON text (data.question, turns.0); None if missing."""
     if path in row:
         return row[path]
     value: Any = row

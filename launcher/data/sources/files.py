@@ -1,7 +1,6 @@
 """Reads rows from files: jsonl, json, csv, parquet and txt, plain or compressed with gzip or zstd.
 
-A file is cut into blocks of rows, unparsed if possible, so that worker processes can parse them. A file's first bytes show its
-compression. Its name, or otherwise its first bytes, show its kind.
+A file is cut into blocks of rows, unparsed if possible, so that worker processes can parse them.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ def detect_kind(name: str) -> str | None:
 def read_blocks(path: Path, name: str) -> Iterator[Block]:
     """Yield the rows of a file, in order, in blocks of at most about a megabyte; `name` is the file's name for the user.
 
-    Raises:
-        DataError: with the place, if a file is unreadable, truncated or corrupt, or a table or array cannot be parsed.
+    Raises DataError with the place, if a file is unreadable, truncated or corrupt, or a table or array cannot be parsed.
     """
     with _open_file(path, name) as file:
         kind = _detect_file_kind(file, name)

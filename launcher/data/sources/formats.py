@@ -1,10 +1,8 @@
 """The row formats: how a row becomes a document, which keys identify a format, and which keys no format reads. Pure.
 
 To add a format, write a function (row, place) -> Document and give it an entry in `FORMATS`. To let users select it by name, add
-the name to `Source.format` in launcher/config/sections/data.py.
-
-Keys that no format reads are counted for the report, or refused if they mark a row for another kind of training. Their names are
-those of TRL (dataset types), LLaMA-Factory, ms-swift and axolotl (dataset formats).
+the name to `Source.format` in launcher/config/sections/data.py. Keys that no format reads are counted for the report, or refused
+if they mark a row for another kind of training; their names are those of TRL, LLaMA-Factory, ms-swift and axolotl.
 """
 
 from __future__ import annotations
@@ -126,10 +124,7 @@ def parse_sharegpt(row: Row, where: str) -> Document:
 
 
 def parse_alpaca(row: Row, where: str) -> Document:
-    """Parse instruction, input and output; `history` has earlier pairs of question and answer.
-
-    The input follows the instruction after an empty line.
-    """
+    """Parse instruction, input (after an empty line) and output; `history` has earlier pairs of question and answer."""
     earlier: list[Message] = []
     for i, pair in enumerate(require_list(row.get("history") or [], "history", where)):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -217,11 +212,7 @@ FORMATS: dict[str, RowFormat] = {
 
 
 def detect_format(row: Row, where: str) -> str:
-    """Return the name of the format that matches the row's keys.
-
-    Raises:
-        DataError: with the row's keys, if no format matches, or several do.
-    """
+    """Return the name of the format that matches the row's keys. Raises DataError with the keys if none matches, or several."""
     fitting = [name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys()]
     if len(fitting) == 1:
         if fitting == ["question_answer"] and (more := [key for key in _CONTEXT_KEYS if row.get(key)]):
@@ -245,11 +236,7 @@ def detect_format(row: Row, where: str) -> str:
 
 
 def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
-    """Rename the row's own keys to those of the formats, by `columns` (format's key to row's key).
-
-    Raises:
-        DataError: if the row lacks a key that `columns` names.
-    """
+    """Rename the row's keys to those of the formats, by `columns` (format's key to row's key). Raises DataError."""
     if not columns:
         return row
     values = {key: find_value(row, own_key) for key, own_key in columns.items()}
@@ -281,11 +268,7 @@ def read_messages(row: Row, key: str, where: str) -> list[Row]:
 
 
 def parse_message(item: Row, key_path: str, where: str) -> Message:
-    """Parse a message of the format messages; `key_path` is as in messages[0], and `where` the place of the row.
-
-    Raises:
-        DataError: if the role is unknown, the content is not text, or a tool call or loss weight is malformed.
-    """
+    """Parse a message of the format messages, at `key_path` of the row at `where`. Raises DataError."""
     raw_role = read_value(item, "role", str, where, f"{key_path}.")
     role = _OTHER_ROLES.get(raw_role, raw_role)
     if role not in ROLES:
@@ -311,11 +294,7 @@ def parse_message(item: Row, key_path: str, where: str) -> Message:
 
 
 def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, where: str) -> int | None:
-    """Return 1 if an assistant's message is trained and 0 if not, by any of WEIGHT_KEYS; None if it has none of these keys.
-
-    Raises:
-        DataError: for a weight between 0 and 1, contradictory keys, or a trained message of another role.
-    """
+    """Return 1 if an assistant's message is trained, 0 if not, None without any of WEIGHT_KEYS. Raises DataError if unclear."""
     if item.keys().isdisjoint(WEIGHT_KEYS):
         return None
     weights: dict[str, int] = {}
@@ -396,8 +375,7 @@ def parse_tools(tools: Any, where: str) -> tuple[Row, ...]:
 def parse_row(row: Row, source: RowSource, where: str, unread_keys: Counter[str]) -> Document:
     """Parse a row of `source`; count each unread, non-empty key of the row and of its messages in `unread_keys`.
 
-    The format `auto` is detected for each row. Raises DataError, also for keys of another kind of training, unless the source
-    ignores them.
+    Raises DataError, also for keys of another kind of training, unless the source ignores them.
     """
     ignored = frozenset(source.ignored_keys)
     if ignored:
@@ -460,9 +438,6 @@ def redact_keys(counts: Counter[str]) -> dict[str, int]:
 
 
 def rank_keys(counts: Counter[str]) -> dict[str, Any]:
-    """Return the most frequent keys with their counts, and the number of other keys.
-
-    Sorted by frequency, then by name, so that a cache does not depend on the order of sets.
-    """
+    """Return the most frequent keys with their counts, sorted, as caches must not depend on sets, and the number of others."""
     ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": len(ranked[NUM_KEYS_SHOWN:])}

@@ -1,7 +1,4 @@
-"""Locates the files of a source: local files, folders and patterns, Hub datasets, fsspec addresses.
-
-Remote files are downloaded once: Hub files into huggingface_hub's cache, others into the launcher's.
-"""
+"""Locates the files of a source: local files, folders and patterns, Hub datasets, fsspec addresses, which are downloaded once."""
 
 from __future__ import annotations
 
@@ -56,10 +53,10 @@ _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|licen
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a source: those that are read, and those of its folder that are left out.
+    """The files of a source: those that are read, and those of its folder that are left out; `commit` is that of a Hub dataset.
 
-    `commit` is that of a Hub dataset. `digest` returns a text that changes with the bytes of the files, not with the path of
-    local ones. `fetch` downloads remote files. Both raise DataError.
+    `digest` returns a text that changes with the bytes of the files, not with the path of local ones. Both functions raise
+    DataError.
     """
 
     names: tuple[str, ...]
@@ -165,11 +162,9 @@ def _choose_files(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the data files of the subset and split, and the other files that could be data, sorted.
 
-    The README of the folder or Hub dataset `where` decides, else the names of the files. `names` are paths with slashes, relative
-    to the folder. The default split is train, or the only split; if no name shows a split, all files are the data.
-
-    Raises:
-        DataError: if the subset or split does not exist, with those that do.
+    The README of the folder or Hub dataset `where` decides, else the names of the files. `names` are paths with slashes,
+    relative to the folder. The default split is train, or the only split; if no name shows a split, all files are the data.
+    Raises DataError if the subset or split does not exist, with those that do.
     """
     by_split = _group_by_readme(read(README), subset, names, where) if README in names else None
     if by_split is None:
@@ -279,8 +274,7 @@ def _group_by_readme(readme: bytes, subset: str | None, names: Sequence[str], wh
 def _find_on_hub(source: RowSource) -> SourceFiles:
     """Find the files of the source's subset and split at a commit of a Hub dataset.
 
-    The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
-    last stored listing counts.
+    The Hub is queried unless the revision is a commit with a stored listing, which also counts if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,7 +1,4 @@
-"""Reads documents from the data sources of a run; no torch, no transformers.
-
-An unusable row is an error that names its place; no row is skipped silently.
-"""
+"""Reads documents from the data sources of a run, and skips no row silently; no torch, no transformers."""
 
 from __future__ import annotations
 
@@ -38,8 +35,7 @@ _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
 def make_eval_source(data: DataSection) -> Source | None:
     """Return data.eval_path as a source; None if it is unset.
 
-    Subset, revision, format, completions, columns and ignored keys are taken from a source with the same path. The last four are
-    taken from all sources if they agree.
+    How rows are read is taken from a source with the same path, or else from all sources if they agree.
     """
     if data.eval_path is None:
         return None
@@ -118,11 +114,7 @@ def compute_source_digest(source: Source) -> str:
 
 
 def describe_origin(source: Source) -> dict[str, Any]:
-    """Return the origin of the source's rows, for the report.
-
-    This is a digest, the commit of a Hub dataset, and the files that are read and left out, up to ten names of each. Raises
-    DataError.
-    """
+    """Return the digest, commit and first files of a source, for the report. Raises DataError."""
     files = locate.find_files(source)
     return {
         "digest": xxhash.xxh3_128_hexdigest(files.digest().encode()),
@@ -146,19 +138,13 @@ def count_rows(source: Source) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DocumentBatch:
-    """Consecutive documents of a source; picklable.
-
-    `rows` is either a block that `documents` parses, or documents, each with True if the source itself holds it out.
-    """
+    """Consecutive documents of a source, or the block to parse them from; picklable."""
 
     rows: Block | tuple[tuple[Document, bool], ...]
     source: Source
 
     def documents(self, unread_keys: Counter[str], on_problem: OnProblem = raise_problem) -> Iterator[tuple[Document, bool]]:
-        """Yield each document with True if the source itself holds it out; call `on_problem` for each unusable row.
-
-        Adds counts of unread keys to `unread_keys`. Raises DataError if a part of a file cannot be read.
-        """
+        """Yield each document with True if the source holds it out, and count unread keys. Raises DataError."""
         if not isinstance(self.rows, Block):
             yield from self.rows
             return
@@ -172,10 +158,7 @@ class DocumentBatch:
 
 
 def read_batches(source: Source, on_problem: OnProblem = raise_problem) -> Iterator[DocumentBatch]:
-    """Yield the source's documents in batches, unparsed if possible.
-
-    `on_problem` is called for an unreadable file; unless it raises, reading continues with the other files.
-    """
+    """Yield the documents in batches, unparsed if possible; after `on_problem` for an unreadable file, the next one is read."""
     if source.path in BUILTINS:
         of_source = BUILTINS[source.path].read()
         while documents := tuple(itertools.islice(of_source, BLOCK_ROWS)):
@@ -208,10 +191,7 @@ def find_row_problems(source: Source) -> RowProblems:
 
 
 def read_documents(source: Source, checks: ChecksSection | None = None) -> Iterator[tuple[Document, bool]]:
-    """Yield each document with True if the source itself holds it out; without the rows that `checks` leave out.
-
-    Raises DataError if a file cannot be read, or a row cannot be used and is not left out.
-    """
+    """Yield each usable document with True if the source holds it out; rows that `checks` do not leave out raise DataError."""
     for batch in read_batches(source):
         yield from list_usable(batch, checks)
 
@@ -234,10 +214,7 @@ class _ProblemGroup:
 
 
 class RowProblems:
-    """Problems grouped by message; each group has its first problem, its first places and its count. Picklable.
-
-    `num_usable` counts the rows without a problem.
-    """
+    """Problems grouped by message, with the first places and the count of each, and the number of usable rows. Picklable."""
 
     def __init__(self) -> None:
         self.num_usable = 0

@@ -1,7 +1,4 @@
-"""Encodes batches of documents, checks them and cuts them into pieces that fit a row, in several processes.
-
-Batches are sent to the processes as they are read, mostly unparsed, and returned in that order.
-"""
+"""Encodes batches of documents, checks them and cuts them into pieces that fit a row, in several processes, in order."""
 
 from __future__ import annotations
 
@@ -44,10 +41,9 @@ _BATCH_BYTES = 50_000
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Documents of the source with the index `source`.
+    """Documents of the source with the index `source`; with `held_out` None, the source or a hash of the content holds them out.
 
-    With `held_out` True or False, all of them are or are not held out; documents that the source itself holds out are then left
-    out. With None, the source or a hash of the content decides.
+    Otherwise all of them are or are not held out, and those that the source itself holds out are left out.
     """
 
     batch: DocumentBatch
@@ -134,11 +130,7 @@ class EncodedBatch:
 
 
 def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
-    """Encode each batch; yield the results in order, with the problems of rows that cannot be used.
-
-    Raises:
-        DataError: if a tokenizer or a template cannot be used, or if a worker ended without reporting an exception.
-    """
+    """Encode each batch; yield the results in order, with the problems of rows. Raises DataError, also if a worker ended."""
     workers = data.workers or len(os.sched_getaffinity(0))
     first: list[EncodeTask] = []
     num_bytes = 0
@@ -346,8 +338,8 @@ def is_below(hashes: np.ndarray, share: float) -> np.ndarray:
 def cut_document(encoded: EncodedDocument, max_length: int, long_documents: str) -> list[EncodedDocument]:
     """Cut a document into pieces of at most `max_length` tokens; `long_documents` is truncate, split or drop.
 
-    Pieces without a trained token are left out, unless all are without. The first token of a piece is not trained, because it has
-    no context to be predicted from.
+    Pieces without a trained token are left out, unless all are without. The first token of a piece has no context and is not
+    trained.
     """
     num_tokens = len(encoded.ids)
     if num_tokens <= max_length:

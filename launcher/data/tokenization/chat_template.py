@@ -36,10 +36,7 @@ _OTHER_TEMPLATE = "set data.chat_template to a file with a template that writes 
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or `text` in its place; `name` tells the user where it is.
-
-    Methods raise DataError, which names the template and the document.
-    """
+    """The chat template of a tokenizer, or `text` in its place; `name` tells the user where it is. Methods raise DataError."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, name: str = "") -> None:
         self._tokenizer = tokenizer

@@ -246,10 +246,7 @@ class Encoder:
     def _split_at_boundaries(
         self, texts: list[str], ids: list[np.ndarray], boundaries: list[list[int]], cuts: list[list[int] | None]
     ) -> None:
-        """Tokenize texts whose boundaries are inside tokens piece by piece, in place, as generation does after a prompt.
-
-        Texts whose pieces do not decode to the same text stay uncut.
-        """
+        """Tokenize texts whose boundaries are inside tokens piece by piece, in place, if the pieces decode to the same text."""
         for i in [i for i, cut in enumerate(cuts) if cut is None]:
             pieces = [texts[i][a:b] for a, b in itertools.pairwise([0, *boundaries[i], len(texts[i])])]
             decoded, candidates = self._decode(ids[i]), [self._encode_ids(pieces)]

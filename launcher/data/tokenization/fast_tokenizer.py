@@ -100,10 +100,7 @@ def _count_bytes(text: str) -> int:
 
 
 def count_tokens_before(text: str, boundaries: Sequence[int], ends: np.ndarray) -> list[int] | None:
-    """Return the number of tokens before each of `boundaries`, positions in the text; None if one is inside a token.
-
-    `ends` are the byte offsets that CachedTokenizer.encode returns.
-    """
+    """Return the number of tokens before each boundary in the text, by the byte offsets `ends`; None if one is inside a token."""
     offsets = boundaries if text.isascii() else [_count_bytes(text[:boundary]) for boundary in boundaries]
     counts = ends.searchsorted(offsets, side="right").tolist()
     is_exact = all(offset == (ends[count - 1] if count else 0) for offset, count in zip(offsets, counts, strict=True))

@@ -1,8 +1,4 @@
-"""What the fork server of a data build imports, so that its forked workers need not repeat the imports.
-
-A module of its own, because the fork server takes only names of modules, and these lines must run before others' imports. Each
-worker also imports the main module of the builder.
-"""
+"""What the fork server of a data build imports once for all workers; a module of its own, because these lines must run first."""
 
 import os
 import signal

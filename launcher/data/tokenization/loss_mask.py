@@ -46,10 +46,7 @@ class LossMask:
         self._verified_kinds: set[int] = set()
 
     def find_spans(self, chat: Document, train_on: TrainOn) -> tuple[str, tuple[TrainedSpan, ...]]:
-        """Return the text of the chat and its trained spans in ascending order.
-
-        `last_turn` trains the assistant's messages after the last user message. A message's own weight overrides `train_on`.
-        """
+        """Return the text of the chat and its trained spans in ascending order; a message's own weight overrides `train_on`."""
         if train_on != "all":
             return self._find_answers(chat, find_trained_messages(chat, train_on))
         # Everything except the messages of weight 0.
