@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,12 @@ BROKEN_XIDS = {
     120: "its system processor failed",
     140: "unrecovered memory error",
 }
-# Faults of the application, or faults from which the GPU has recovered.
-PASSING_XIDS = {
-    13: "a kernel failed, such as by reading out of bounds",
-    31: "a kernel used an address that is not mapped",
-    43: "a kernel failed and its process was stopped",
-    45: "work was taken off the GPU, mostly after another fault",
-    63: "a faulty memory row is remapped; reset the GPU when the run is over",
-    94: "a memory error that ended only one process; reset the GPU when the run is over",
-}
 # The text for a GPU that the driver no longer finds, with or without an Xid.
 LOST_GPU = "a GPU is lost"
 
 
 def describe_xid(number: int) -> str:
-    """Return the meaning of an Xid, for any number."""
-    return BROKEN_XIDS.get(number) or PASSING_XIDS.get(number) or "see NVIDIA's catalog of Xid errors"
+    return BROKEN_XIDS.get(number, "see NVIDIA's catalog of Xid errors")
 
 
 class NvmlError(Exception):
@@ -61,30 +51,19 @@ class NvmlError(Exception):
 
 
 @dataclass(frozen=True)
-class GpuProcess:
-    """A process that computes on a GPU. `used_mib` is None and `name` is empty if the driver does not report them."""
-
-    pid: int
-    used_mib: int | None
-    name: str
-
-
-@dataclass(frozen=True)
 class GpuInfo:
-    """One GPU as the driver knows it; None stands for what the driver or the GPU does not report.
-
-    Attributes:
-        ecc_errors: uncorrected memory errors since the last reset.
-        slowdowns: why the hardware or the driver lowers its clocks; power limits under load are not among the reasons.
-    """
+    """One GPU as the driver knows it; None stands for what the driver or the GPU does not report."""
 
     uuid: str
     name: str
     memory_gib: float | None = None
     free_gib: float | None = None
+    # Uncorrected memory errors since the last reset.
     ecc_errors: int | None = None
-    slowdowns: tuple[str, ...] = ()
-    processes: tuple[GpuProcess, ...] = ()
+    # Why the hardware or the driver lowers its clocks; power limits under load are not among the reasons.
+    slowdowns: Sequence[str] = ()
+    # The processes that compute on it, and the memory in MiB that each uses.
+    processes: Sequence[tuple[int, int | None]] = ()
 
 
 def has_driver() -> bool:
@@ -115,23 +94,16 @@ def list_gpus(deadline_s: float = 20.0) -> list[GpuInfo]:
     if child.returncode:
         last = (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise NvmlError(f"the NVIDIA driver cannot be queried: {last}")
-    gpus = []
-    for row in json.loads(output):
-        processes = tuple(GpuProcess(**process) for process in row.pop("processes"))
-        gpus.append(GpuInfo(**{**row, "slowdowns": tuple(row["slowdowns"])}, processes=processes))
-    return gpus
+    return [GpuInfo(**row) for row in json.loads(output)]
 
 
 class GpuSensor:
-    """Readings and faults of the GPU that this process computes on.
-
-    Attributes:
-        is_lost: whether the driver has lost the GPU, or reports that it needs a reset.
-    """
+    """Readings and faults of the GPU that this process computes on."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
         self._events: Any = None
+        # Whether the driver has lost the GPU, or reports that it needs a reset.
         self.is_lost = False
         try:
             self._events = nvml.nvmlEventSetCreate()
@@ -210,11 +182,7 @@ def _name_slowdowns(bits: int) -> tuple[str, ...]:
 
 
 def _list_visible(nvml: Any, visible: str | None) -> list[Any]:
-    """Return handles of the GPUs in a value of CUDA_VISIBLE_DEVICES: numbers or UUIDs.
-
-    Raises:
-        NVMLError: if one of them is unreachable; problems with other GPUs do not matter.
-    """
+    """Return handles of the GPUs in a value of CUDA_VISIBLE_DEVICES, numbers or UUIDs; raises if one of them is unreachable."""
     reachable: list[Any] = []
     for i in range(nvml.nvmlDeviceGetCount()):
         try:
@@ -252,13 +220,6 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
                 raise
             return None
 
-    def name(pid: int) -> str:
-        try:
-            return str(nvml.nvmlSystemGetProcessName(pid))
-        except nvml.NVMLError:
-            # It has ended, or belongs to another container.
-            return ""
-
     memory = read("nvmlDeviceGetMemoryInfo")
     return GpuInfo(
         uuid=nvml.nvmlDeviceGetUUID(handle),
@@ -268,7 +229,7 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
         ecc_errors=read("nvmlDeviceGetTotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC),
         slowdowns=_name_slowdowns(read("nvmlDeviceGetCurrentClocksEventReasons") or 0),
         processes=tuple(
-            GpuProcess(process.pid, None if process.usedGpuMemory is None else process.usedGpuMemory // 2**20, name(process.pid))
+            (process.pid, None if process.usedGpuMemory is None else process.usedGpuMemory // 2**20)
             for process in read("nvmlDeviceGetComputeRunningProcesses") or ()
         ),
     )

@@ -48,7 +48,7 @@ class Nvml(ModuleType):
     """The parts of pynvml that the launcher uses.
 
     `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib, ecc, slowdowns (bits) and processes (pid, MiB or
-    None, name); one with `error` cannot be reached. Functions in `lacks` fail with `error`. `init` is `hang` or an error message.
+    None); one with `error` cannot be reached. Functions in `lacks` fail with `error`. `init` is `hang` or an error message.
     `faults` are Xids to report.
     """
 
@@ -115,13 +115,7 @@ class Nvml(ModuleType):
         return gpu.get("slowdowns", 0x1)
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: dict[str, Any]) -> list[SimpleNamespace]:
-        return [SimpleNamespace(pid=pid, usedGpuMemory=mib and mib * 2**20) for pid, mib, _ in gpu.get("processes", ())]
-
-    def nvmlSystemGetProcessName(self, pid: int) -> str:
-        names = {process[0]: process[2] for gpu in self.gpus for process in gpu.get("processes", ())}
-        if not names.get(pid):
-            raise NVMLError("Not Found")
-        return names[pid]
+        return [SimpleNamespace(pid=pid, usedGpuMemory=mib and mib * 2**20) for pid, mib in gpu.get("processes", ())]
 
     def nvmlEventSetCreate(self) -> str:
         return "events"

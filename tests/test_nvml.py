@@ -13,14 +13,14 @@ from fake_nvml import H100, OTHER, driver
 from forked import Launch
 
 from launcher import hardware, nvml
-from launcher.nvml import GpuInfo, GpuProcess, NvmlError
+from launcher.nvml import GpuInfo, NvmlError
 
 pytestmark = pytest.mark.rest
 
 __all__ = ["driver"]
 
 Driver = Callable[..., None]
-HEALTHY = GpuInfo("GPU-aaaa", H100["name"], 80.0, 79.0, 0)
+HEALTHY = GpuInfo("GPU-aaaa", H100["name"], 80.0, 79.0, 0, [], [])
 
 
 def test_a_driver_that_loads_on_its_first_use_is_found_by_its_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,11 +37,11 @@ def test_a_driver_that_loads_on_its_first_use_is_found_by_its_tool(tmp_path: Pat
         ({"ecc": 3}, {"ecc_errors": 3}),
         # Idle, a power limit, and clocks that a person has set are normal.
         ({"slowdowns": 0x1 | 0x2 | 0x4}, {}),
-        ({"slowdowns": 0x20 | 0x80}, {"slowdowns": ("thermal limit of the driver", "power brake")}),
-        ({"slowdowns": 0x8}, {"slowdowns": ("limit of the hardware",)}),
+        ({"slowdowns": 0x20 | 0x80}, {"slowdowns": ["thermal limit of the driver", "power brake"]}),
+        ({"slowdowns": 0x8}, {"slowdowns": ["limit of the hardware"]}),
         (
-            {"processes": [(7, 500, "python"), (8, None, "")]},
-            {"processes": (GpuProcess(7, 500, "python"), GpuProcess(8, None, ""))},
+            {"processes": [(7, 500), (8, None)]},
+            {"processes": [[7, 500], [8, None]]},
         ),
     ],
 )
@@ -55,7 +55,7 @@ def test_a_gpu_is_described_as_the_driver_reports_it(
 def test_readings_that_a_driver_lacks_are_missing(driver: Driver) -> None:
     names = ("MemoryInfo", "TotalEccErrors", "CurrentClocksEventReasons")
     driver(H100, lacks=[f"nvmlDeviceGet{name}" for name in (*names, "ComputeRunningProcesses")])
-    assert nvml.list_gpus() == [GpuInfo("GPU-aaaa", H100["name"])]
+    assert nvml.list_gpus() == [GpuInfo("GPU-aaaa", H100["name"], slowdowns=[], processes=[])]
 
 
 def test_cuda_visible_devices_chooses_gpus_by_number_or_uuid(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Checks of a node's GPUs: by the driver without using them, with torch, and an all-reduce over all of them.
 
-`python -m launcher.worker.checks.gpus torch|all-reduce DEVICE [FOLDER]` computes in a process of its own, because importing torch
+`python -m launcher.worker.checks.gpus torch|all-reduce DEVICE` computes in a process of its own, because importing torch
 takes seconds, may crash, and the first CUDA call may hang.
 """
 
@@ -82,26 +82,21 @@ def _check_memory(gpus: list[GpuInfo], node: CheckedNode) -> Iterator[CheckResul
     this, deadline = psutil.Process(), time.monotonic() + GRACE_S
     own_pids = {process.pid for process in (this, *this.children(recursive=True))}
     others = [
-        (gpu.uuid, process)
+        (gpu.uuid, pid, used_mib)
         for gpu in gpus
-        for process in gpu.processes
-        if process.pid not in own_pids and not _SERVICES.search(process.name)
+        for pid, used_mib in gpu.processes
+        if pid not in own_pids and not _SERVICES.search(_describe_process(pid))
     ]
     while others and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
         gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
         # A local run does not wait for its check: others that appear meanwhile may be its ranks.
-        present = {process.pid for gpu in gpus for process in gpu.processes}
-        others = [(uuid, process) for uuid, process in others if process.pid in present]
-    for uuid, process in others:
-        try:
-            owner = psutil.Process(process.pid).username()
-        except psutil.Error:
-            owner = "an unknown user"
-        name = f"process {process.pid} ({process.name or 'unknown name'}) of {owner}"
-        held = "memory" if process.used_mib is None else f"{process.used_mib} MiB"
-        seen = f"a process outside this run holds GPU memory: {name}: {held} of {uuid}"
-        yield failure(seen, f"end it on the node with: kill {process.pid}; or exclude this node")
+        present = {pid for gpu in gpus for pid, _ in gpu.processes}
+        others = [other for other in others if other[1] in present]
+    for uuid, pid, used_mib in others:
+        held = "memory" if used_mib is None else f"{used_mib} MiB"
+        seen = f"a process outside this run holds GPU memory: {_describe_process(pid)}: {held} of {uuid}"
+        yield failure(seen, f"end it on the node with: kill {pid}; or exclude this node")
     for gpu in gpus if node.plan is None else ():
         if gpu.free_gib is None or not gpu.memory_gib:
             continue
@@ -111,6 +106,15 @@ def _check_memory(gpus: list[GpuInfo], node: CheckedNode) -> Iterator[CheckResul
             yield warning(seen, "find it on the host with nvidia-smi, and end it")
         else:
             yield ok(seen)
+
+
+def _describe_process(pid: int) -> str:
+    try:
+        process = psutil.Process(pid)
+        return f"process {pid} ({process.name()}) of {process.username()}"
+    except psutil.Error:
+        # It has ended, or belongs to another container.
+        return f"process {pid} of an unknown user"
 
 
 def check_torch(node: CheckedNode) -> Iterator[CheckResult]:
@@ -129,9 +133,7 @@ def check_all_reduce(node: CheckedNode) -> Iterator[CheckResult]:
     """All-reduce over all GPUs of this machine with NCCL, or over two processes with gloo if there is no GPU."""
     device = _choose_device()
     loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}", "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory(prefix="launcher-doctor-") as folder:
-        arguments = ["-m", __spec__.name, "all-reduce", device, folder]
-        output, problem = run_python(arguments, COMPUTE_DEADLINE_S, {**os.environ, **loopback})
+    output, problem = run_python(["-m", __spec__.name, "all-reduce", device], COMPUTE_DEADLINE_S, {**os.environ, **loopback})
     if problem:
         remedy = "repeat it with NCCL_DEBUG=INFO; check /dev/shm, nvidia-smi topo -m, and that no firewall closes loopback"
         yield failure(f"it failed: {problem}", remedy)
@@ -167,9 +169,11 @@ def _try_torch(device: str) -> str:
     return f"{version}, a kernel ran on each of {torch.cuda.device_count()} GPUs"
 
 
-def _run_all_reduce(device: str, folder: str) -> str:
+def _run_all_reduce(device: str) -> str:
     import torch
 
+    # `run_python` has made it for this process.
+    folder = tempfile.gettempdir()
     num_ranks = torch.cuda.device_count() if device == "cuda" else _RANKS_ON_CPU
     torch.multiprocessing.spawn(_run_rank, (device, num_ranks, folder), nprocs=num_ranks)
     with open(f"{folder}/bandwidth") as file:
@@ -198,7 +202,7 @@ def _run_rank(rank: int, device: str, num_ranks: int, folder: str) -> None:
 
 if __name__ == "__main__":
     try:
-        print(_try_torch(sys.argv[2]) if sys.argv[1] == "torch" else _run_all_reduce(*sys.argv[2:]))
+        print(_try_torch(sys.argv[2]) if sys.argv[1] == "torch" else _run_all_reduce(sys.argv[2]))
     # torch raises many types of exceptions; the first line of a message, or the last of a rank's traceback, names the problem.
     except Exception as error:
         lines = describe(error).strip().splitlines()

@@ -227,7 +227,7 @@ def test_an_xid_is_reported_at_once_and_counted(nvml: Nvml) -> None:
     watch.stop()
     assert watch.latest.last_xid == 79
     assert faults == [
-        "Xid 94 on GPU 5: a memory error that ended only one process; reset the GPU when the run is over",
+        "Xid 94 on GPU 5: see NVIDIA's catalog of Xid errors",
         "Xid 79 on GPU 5: fallen off the bus",
     ]
 

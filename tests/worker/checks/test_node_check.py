@@ -233,7 +233,7 @@ def test_a_kernel_for_another_torch_fails_with_the_last_line_of_its_traceback(
 
 
 def test_sound_gpus_of_the_planned_kind_pass(driver: Callable[..., None], planned: Planned, node_of: OfConfig) -> None:
-    driver({**H100, "processes": [(os.getpid(), 500, "python")]}, OTHER)
+    driver({**H100, "processes": [(os.getpid(), 500)]}, OTHER)
     node = replace(node_of("cluster.gpu_type=H100-80GB", device="cuda"), num_ranks=2)
     first, memory, _ = gpus.check_gpus(node)
     assert (first.verdict, first.seen, first.must_match) == (OK, f"2 x {H100['name']}", True)
@@ -251,9 +251,9 @@ def test_sound_gpus_of_the_planned_kind_pass(driver: Callable[..., None], planne
         ({"slowdowns": 0x80}, WARNING, "GPU-bbbb: power brake"),
         ({"free_gib": 20}, WARNING, "20.0 of 80.0 GiB free on GPU-bbbb"),
         (
-            {"processes": [(999999999, 700, "stale")]},
+            {"processes": [(999999999, 700)]},
             FAILURE,
-            "process 999999999 (stale) of an unknown user: 700 MiB of GPU-bbbb",
+            "process 999999999 of an unknown user: 700 MiB of GPU-bbbb",
         ),
     ],
 )
@@ -282,9 +282,9 @@ def test_the_check_waits_for_a_process_that_is_ending(
     driver: Callable[..., None], node_of: OfConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpus, "GRACE_S", 60.0)
-    driver({**H100, "processes": [(999999998, 5, "python")]})
+    driver({**H100, "processes": [(999999998, 5)]})
     # A later process may be a rank of a local run, which does not wait for its check.
-    later = {**H100, "processes": [(999999999, 5, "python")]}
+    later = {**H100, "processes": [(999999999, 5)]}
     monkeypatch.setattr(gpus, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: driver(later)))
     assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
 
@@ -315,7 +315,7 @@ def test_torch_and_an_all_reduce_are_tried_in_processes_of_their_own(node_of: Of
 
 def test_storage_is_measured_and_left_as_it_was(node_of: OfConfig, tmp_path: Path) -> None:
     speed, room = machine.check_run_storage(node_of())
-    assert speed.verdict in (OK, WARNING)
+    assert speed.verdict == OK
     assert "MB/s" in speed.seen
     assert "free" in room.seen
     assert list(tmp_path.iterdir()) == []
