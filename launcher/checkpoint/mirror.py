@@ -80,7 +80,6 @@ class Owner(Record):
 class MirroredRun(Record):
     """Content of run.json. `files` maps names in the mirror to the files that do not change while an attempt runs."""
 
-    format_version: int = 1
     run_name: Name
     owner: Owner
     files: dict[str, FileEntry] = Field(default_factory=dict)

@@ -6,7 +6,6 @@ A process that starts ranks records the counters. If it is killed itself, whoeve
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 from collections.abc import Iterable
@@ -115,14 +114,10 @@ class LimitEvents:
 
 @dataclass(frozen=True)
 class LimitRecord:
-    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace.
-
-    `cause` is the result of the first comparison after the agent's end, None before: the counters continue to count.
-    """
+    """limits-NNNNN.json: the counters of killed processes when a node's agent started; `space` is its boot and PID namespace."""
 
     space: str
     events: LimitEvents
-    cause: str | None = None
 
 
 def record_limits(run: RunDir, attempt: int, node: int) -> None:
@@ -138,21 +133,15 @@ def record_limits(run: RunDir, attempt: int, node: int) -> None:
 def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) -> str:
     """Return the memory limit that was exceeded after the agents of `nodes` started, for agents that were killed.
 
-    Empty if none was, if the agents left no counters, or if they ran on other machines or in other containers. The first answer
-    is kept.
+    Empty if none was, if the agents left no counters, or if they ran on other machines or in other containers.
     """
     for node in nodes:
-        file = _limits_file(run, attempt, node)
         with suppress(LauncherError):
-            record = json_records.read_if_present(LimitRecord, file)
-            if record is not None and record.cause is None and record.space == pid_namespace():
-                record = replace(record, cause=record.events.read_again().cause_since(record.events))
-                # Another user may not store the result: a run's records must stay its owner's.
-                with suppress(OSError):
-                    if file.stat().st_uid == os.geteuid():
-                        json_records.write(file, record)
-            if record is not None and record.cause:
-                return record.cause
+            record = json_records.read_if_present(LimitRecord, _limits_file(run, attempt, node))
+            if record is None or record.space != pid_namespace():
+                continue
+            if cause := record.events.read_again().cause_since(record.events):
+                return cause
     return ""
 
 

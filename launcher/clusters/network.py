@@ -142,16 +142,16 @@ def free_port(address: str) -> int:
         return probe.getsockname()[1]
 
 
-def await_reachable(address: str, port: int, deadline_s: float) -> float | None:
-    """Return the seconds until a TCP connection to `address` succeeded, or None if none did within the deadline."""
-    started = time.monotonic()
-    while (left := started + deadline_s - time.monotonic()) > 0:
+def await_reachable(address: str, port: int, deadline_s: float) -> bool:
+    """Return whether a TCP connection to `address` succeeds within the deadline."""
+    until = time.monotonic() + deadline_s
+    while (left := until - time.monotonic()) > 0:
         try:
             socket.create_connection((address, port), timeout=min(left, _CONNECT_S)).close()
-            return time.monotonic() - started
+            return True
         except OSError:
             time.sleep(min(left, _PAUSE_S))
-    return None
+    return False
 
 
 def _address_of(interface: str) -> str:

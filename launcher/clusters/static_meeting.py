@@ -169,7 +169,7 @@ class Meeting:
         where = "" if self.endpoint is None else f"{self.endpoint.address}:{self._here.port}"
         while True:
             with self._lock:
-                hosts = {0: self._host} | {node: host for node, (_, host) in self._members.items()}
+                hosts = self._hosts()
             if self._problem is not None:
                 raise SubmitError(self._problem)
             missing = ", ".join(f"node {node}" for node in range(self._here.nodes) if node not in hosts)
@@ -193,10 +193,7 @@ class Meeting:
             on_loss(node, "its command has ended")
 
     def close(self, code: int, text: str) -> None:
-        """Tell the machines how the attempt or its start has ended, and wait a moment until they have read it.
-
-        Machines that start late learn of a refusal, too.
-        """
+        """Tell the machines how the attempt or its start has ended; machines that start a moment late learn of a refusal, too."""
         listener, self._listener = self._listener, None
         if listener is None:
             return
@@ -209,6 +206,9 @@ class Meeting:
         listener.close()
         with suppress(OSError):
             marker(self._run).unlink()
+
+    def _hosts(self) -> dict[int, str]:
+        return {0: self._host} | {node: host for node, (_, host) in self._members.items()}
 
     def _tell(self, notice: Notice) -> None:
         with self._lock:
@@ -256,12 +256,10 @@ class Meeting:
             message = f"node {joined.node} ({joined.host}) was started with a different command from node 0"
             remedy = "start the same command on every machine, with the same version of the launcher"
             return Problem(message, keys[0], "; ".join(values), remedy)
-        if not 0 < joined.node < self._here.nodes:
-            return Problem("two machines claim to be node 0", "cluster.node_rank", joined.host, "number them from 0")
-        if joined.node in self._members:
-            hosts = f"{joined.host} and {self._members[joined.node][1]}"
-            remedy = "start the command once on each machine, each with its own index"
-            return Problem(f"two commands claim to be node {joined.node}", "cluster.node_rank", hosts, remedy)
+        if joined.node in (hosts := self._hosts()):
+            value = f"{joined.host} and {hosts[joined.node]}"
+            remedy = "start the command once on each machine, each with its own index, from 0"
+            return Problem(f"two commands claim to be node {joined.node}", "cluster.node_rank", value, remedy)
         if not joined.sees_root:
             return Problem(
                 f"run.root is not shared: {joined.host} does not see what {self._host} writes there",

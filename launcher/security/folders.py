@@ -108,12 +108,7 @@ def add_to_environ(owners: Iterable[str]) -> None:
     Raises:
         ConfigError: with the names that this machine does not know.
     """
-    added = list(owners)
-    if not all(added):
-        raise ConfigError(
-            f"{TRUST_FLAG} needs the name or the number of a user", where=TRUST_FLAG, remedy=f"write {TRUST_FLAG} NAME"
-        )
-    os.environ[TRUST_VARIABLE] = ",".join(filter(None, (os.environ.get(TRUST_VARIABLE, ""), *added)))
+    os.environ[TRUST_VARIABLE] = ",".join([os.environ.get(TRUST_VARIABLE, ""), *owners])
     Trust.from_environ(os.environ)
 
 

@@ -52,7 +52,7 @@ def main(plan_path: str, attempt: int) -> int:
 
     def conclude(node: NodeEnded) -> tuple[AttemptConcluded, str]:
         end = postmortem.judge_local(run, attempt, node)
-        postmortem.release_space_if_full(run, attempt)
+        postmortem.release_disk_space(run, attempt)
         with suppress(OSError):
             journal.append(run, attempt, end)
         if end.state == "failed":
@@ -94,7 +94,6 @@ def lead_attempt(
         journal.append(run, attempt, replace(end, ended_at=clock.now()))
     # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered.
     run_store.update_status(run, state=end.state, step=end.step, message=message)
-    postmortem.release_disk_space(run, attempt)
     close_wandb_run(agent.plan, agent.plan_path, run, attempt)
     return EXIT_CODES.get(end.state, EXIT_FAILED)
 

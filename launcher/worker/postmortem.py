@@ -17,7 +17,6 @@ from launcher.clusters.check_results import NO_ROOM
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, Problem
-from launcher.hardware import is_full
 from launcher.plan import retry
 from launcher.plan.quantities import list_first
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
@@ -43,8 +42,6 @@ _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": 
 _NODES_SHOWN, _FINDINGS_SHOWN = 4, 6
 # The space that is reserved for the records of an attempt's end.
 _RESERVED_BYTES = 512 * 1024
-# The most that the records of an attempt's end take.
-_NEEDED_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -388,7 +385,7 @@ class Conclusion:
 
     def write(self, run: RunDir, number: int) -> None:
         """Record the verdict, and an alert for an attempt that did not end as planned."""
-        release_space_if_full(run, number)
+        release_disk_space(run, number)
         write_if_possible(lambda: journal.append(run, number, self.verdict()))
         if (alert := self.alert) is not None:
             write_if_possible(lambda: append_event(run, number, "alert", alert, self.ending.step))
@@ -398,7 +395,6 @@ class Conclusion:
         self.write(run, number)
         state, step = self.decision.state, self.ending.step
         write_if_possible(lambda: run_store.update_status(run, state=state, step=step, message=self.message))
-        release_disk_space(run, number)
         write_if_possible(lambda: print(f"attempt {number}: {self.ending.cause}: {self.message}", flush=True))
 
     def verdict(self, decided: bool = True) -> AttemptConcluded:
@@ -500,27 +496,9 @@ def reserve_disk_space(run: RunDir, attempt: int) -> None:
 
 
 def release_disk_space(run: RunDir, attempt: int) -> None:
-    """Free the space; call it when the records are written."""
+    """Free the space before the records are written."""
     with suppress(OSError):
         _reserve_path(run, attempt).unlink()
-
-
-def release_space_if_full(run: RunDir, attempt: int) -> bool:
-    """Free the space if the disk has no room for the records; returns whether it had none."""
-    probe = run.attempt(attempt) / ".probe"
-    try:
-        with open(probe, "wb") as file:
-            file.write(os.urandom(_NEEDED_BYTES))
-            os.fsync(file.fileno())
-    except OSError as error:
-        has_no_room = is_full(error)
-    else:
-        has_no_room = False
-    with suppress(OSError):
-        probe.unlink()
-    if has_no_room:
-        release_disk_space(run, attempt)
-    return has_no_room
 
 
 def _reserve_path(run: RunDir, attempt: int) -> Path:

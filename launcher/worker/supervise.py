@@ -346,7 +346,7 @@ def connect_to_head(record: Attempt, here: NodeInfo) -> Any:
 
     assert record.address is not None
     assert record.port is not None
-    if not here.is_head and network.await_reachable(record.address, record.port, _MEET_DEADLINE_S) is None:
+    if not (here.is_head or network.await_reachable(record.address, record.port, _MEET_DEADLINE_S)):
         raise RunError(
             f"{network.node_name()} cannot reach the head node at {record.address}:{record.port}",
             where=f"{here.address} on {here.interface}",

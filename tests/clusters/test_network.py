@@ -142,13 +142,11 @@ def test_a_listener_that_comes_late_is_awaited() -> None:
 
         timer = threading.Timer(0.3, listen)
         timer.start()
-        seconds = network.await_reachable("127.0.0.1", port, 20)
+        assert network.await_reachable("127.0.0.1", port, 20)
         timer.join()
-    assert seconds is not None
-    assert 0.2 < seconds < 10
 
 
 def test_an_unreachable_address_is_reported_at_the_deadline(neighbor: str) -> None:
     started = time.monotonic()
-    assert network.await_reachable(neighbor, network.free_port("127.0.0.1"), 0.3) is None
+    assert not network.await_reachable(neighbor, network.free_port("127.0.0.1"), 0.3)
     assert time.monotonic() - started < 5

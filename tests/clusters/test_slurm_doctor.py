@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -176,7 +177,7 @@ def test_gpu_types_are_distinguished(
 
 def test_a_site_is_read_with_its_partitions_and_nodes(there: Testbed) -> None:
     main, _, short = site.read_partitions()
-    assert (main.name, main.default, main.max_minutes, short.max_minutes) == ("main", True, None, 2)
+    assert (main.name, main.default, main.max_minutes, short.max_minutes) == ("main", True, math.inf, 2)
     assert [(node.name, node.cpus, node.memory_mib, node.gpus) for node in main.nodes] == [
         (name, 4, 4000, ()) for name in ("n1", "n2", "n3")
     ]

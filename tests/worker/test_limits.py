@@ -106,9 +106,6 @@ def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
         "failed",
         f"{limit}: {end}" if limit else f"{end}: it was killed, or the machine restarted",
     )
-    # Later events on the machine are not the cause.
-    groups["oom"].write_text("oom_kill 9\n")
-    assert LocalCluster().status(run) == shown
     # The job's conclusion and the run's next start judge this too; the agent of n2 ran on another machine.
     attempt = Attempt(None, job="41", nodes=("n1", "n2"))
     killed = postmortem.Evidence(exit_code=9)
@@ -260,17 +257,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_a_full_disk_still_takes_the_records_of_an_end(disk: Path, full: bool) -> None:
+def test_a_full_disk_still_takes_the_records_of_an_end(disk: Path) -> None:
     run = RunDir(disk)
     run.attempt(1).mkdir(parents=True)
     postmortem.reserve_disk_space(run, 1)
-    if full:
-        with pytest.raises(OSError, match="No space left"):
-            (disk / "filler").write_bytes(b"x" * 2**21)
-    assert postmortem.release_space_if_full(run, 1) is full
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "filler").write_bytes(b"x" * 2**21)
+    postmortem.release_disk_space(run, 1)
     verdict = AttemptConcluded(state="failed", cause=Cause.FAILURE, message="x" * 50_000)
     journal.append(run, 1, verdict)
-    postmortem.release_disk_space(run, 1)
     assert journal.read_end(run, 1) == verdict
     assert [path.name for path in run.attempt(1).iterdir()] == ["journal"]

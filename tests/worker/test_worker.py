@@ -125,7 +125,7 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Callable[..., None]
 ) -> None:
     """It refuses nothing: the alerts tell why such a run is slow, or about to fail."""
-    driver({**H100, "processes": [(1, 70000, "stale")]}, {**OTHER, "slowdowns": 0x80})
+    driver({**H100, "processes": [(1, 70000)]}, {**OTHER, "slowdowns": 0x80})
     monkeypatch.setattr(gpus, "GRACE_S", 0.0)
     monkeypatch.setattr(machine, "_SHARED_MEMORY_OF_GPUS_BYTES", 1 << 60)
     for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):

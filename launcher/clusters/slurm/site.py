@@ -60,18 +60,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition with its nodes; `max_minutes` is None if it has no time limit."""
+    """A partition with its nodes; `time_limit` is as Slurm writes it, such as 1-12:00:00 or UNLIMITED."""
 
     name: str
     default: bool
-    max_minutes: int | None
+    time_limit: str
     nodes: tuple[Node, ...]
 
     @property
-    def time_limit(self) -> str:
-        """The time limit as Slurm writes it, such as 1-12:00:00."""
-        days, rest = divmod(self.max_minutes or 0, 1440)
-        return (f"{days}-" if days else "") + f"{rest // 60:02d}:{rest % 60:02d}:00"
+    def max_minutes(self) -> float:
+        return math.inf if self.time_limit == "UNLIMITED" else minutes(self.time_limit)
 
     @property
     def kinds_of_nodes(self) -> str:
@@ -114,7 +112,7 @@ def read_partitions() -> tuple[Partition, ...]:
         Partition(
             name=record["PartitionName"],
             default=record.get("Default") == "YES",
-            max_minutes=None if record.get("MaxTime", "UNLIMITED") == "UNLIMITED" else minutes(record["MaxTime"]),
+            time_limit=record.get("MaxTime", "UNLIMITED"),
             nodes=tuple(nodes_of.get(record["PartitionName"], ())),
         )
         for record in records
@@ -154,8 +152,7 @@ def find_site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
     section = SlurmSection.of(config.cluster)
     partitions = chosen_partitions(section)
     # Slurm accepts jobs above a partition's limit by default, and never starts them.
-    startable = [one for one in partitions if one.max_minutes is None or section.time_minutes <= one.max_minutes]
-    if not startable:
+    if all(section.time_minutes > one.max_minutes for one in partitions):
         limits = ", ".join(f"{one.time_limit} in {one.name}" for one in partitions)
         remedy = "set it to that or less; a run that needs longer continues in the next job"
         return [Problem(f"the time limit is {limits}", "cluster.time", section.time, remedy)]

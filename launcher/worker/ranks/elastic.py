@@ -103,22 +103,16 @@ class _Agent(SimpleElasticAgent):
         self._remaining_restarts = spec.max_restarts - self._rendezvous_handler.num_restarts
         self._processes, self._exits = {}, {}
         for worker in worker_group.workers:
-            # torchrun's variables; see "Environment Variables" in its documentation.
+            # Those of torchrun's variables that torch and libraries read.
             environment = {
                 **os.environ,
                 "RANK": str(worker.global_rank),
                 "LOCAL_RANK": str(worker.local_rank),
-                "GROUP_RANK": str(worker_group.group_rank),
-                "ROLE_RANK": str(worker.role_rank),
-                "ROLE_NAME": spec.role,
                 "WORLD_SIZE": str(worker.world_size),
                 "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-                "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
-                "ROLE_WORLD_SIZE": str(worker.role_world_size),
                 "MASTER_ADDR": str(worker_group.master_addr),
                 "MASTER_PORT": str(worker_group.master_port),
                 "TORCHELASTIC_RESTART_COUNT": str(self._rendezvous_handler.num_restarts),
-                "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
                 "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
                 "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
                 "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),

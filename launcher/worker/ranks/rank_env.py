@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +20,8 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # An alternative name that torch also reads.
 _FORMER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 # With these, the C library reuses the memory of freed tensors; by default it returns it to the kernel, which clears each page
-# again. Weights and logits are larger than 32 MiB, the largest threshold that glibc accepts before this version.
-_MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
-_MMAP_THRESHOLD, _FORMER_MMAP_THRESHOLD = str(2**28), str(2**25)
-_GLIBC_WITHOUT_LIMIT = (2, 35)
+# again. glibc accepts this threshold since 2.35.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 _SYSFS = Path("/sys")
 # Threads of a rank that computes nothing on CPUs: the loop, autograd, NCCL's, and the one that copies states for a save.
 _GPU_RANK_THREADS = 4
@@ -33,11 +30,7 @@ _GPU_RANK_THREADS = 4
 def allocator_defaults(environ: Mapping[str, str], device: str) -> dict[str, str]:
     """Return the memory allocator variables for `device` (cuda or cpu), except those that the user has set."""
     if device == "cpu":
-        library, version = platform.libc_ver()
-        numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-        is_unlimited = library == "glibc" and numbers >= _GLIBC_WITHOUT_LIMIT
-        malloc = {"MALLOC_MMAP_THRESHOLD_": _MMAP_THRESHOLD if is_unlimited else _FORMER_MMAP_THRESHOLD, **_MALLOC}
-        return {name: value for name, value in malloc.items() if name not in environ}
+        return {name: value for name, value in _MALLOC.items() if name not in environ}
     name, value = _ALLOCATOR
     return {} if name in environ or _FORMER_ALLOCATOR in environ else {name: value}
 
@@ -128,8 +121,6 @@ def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
     """Bind the calling thread, and the threads it starts, to the CPUs next to GPU `local_rank`, if `choose_cpus` returns any.
 
     Copies between main memory and a GPU on another socket take about twice as long.
-
-    Each of this machine's `num_ranks` ranks keeps `num_threads` threads busy.
     """
     import torch
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,31 +71,25 @@ class Sidecar:
             self._process.stdin.write(order)
 
 
-def start_mirror(
-    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
-) -> Sidecar | None:
+def start_mirror(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> Sidecar | None:
     """Start the process that copies checkpoints to the mirror, or return None if the plan has no mirror."""
     if plan.config.checkpoint.mirror is None:
         return None
-    return Sidecar(_start_process("mirror_process", plan_path, run, attempt, "mirror.log", environment), MIRROR_END_S)
+    return Sidecar(_start_process("mirror_process", plan_path, run, attempt, "mirror.log"), MIRROR_END_S)
 
 
-def start_answers(
-    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
-) -> Sidecar | None:
+def start_answers(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> Sidecar | None:
     """Start the process that answers prompts with the run's checkpoints, or return None if no answers are wanted."""
     if not plan.config.eval.answers_every:
         return None
-    return Sidecar(_start_process("answers_process", plan_path, run, attempt, "answers.log", environment), _ANSWERS_END_S)
+    return Sidecar(_start_process("answers_process", plan_path, run, attempt, "answers.log"), _ANSWERS_END_S)
 
 
-def _start_process(
-    module: str, plan_path: str, run: RunDir, attempt: int, log_name: str, environment: Mapping[str, str] | None
-) -> subprocess.Popen[bytes]:
+def _start_process(module: str, plan_path: str, run: RunDir, attempt: int, log_name: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", f"launcher.worker.sidecars.{module}", plan_path, str(attempt)]
     with open(run.attempt(attempt) / log_name, "ab") as log:
         # Unbuffered: an order that the process no longer reads must not stay in the buffer.
-        return subprocess.Popen(command, bufsize=0, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
 
 
 def begin_sidecar() -> io.FileIO:

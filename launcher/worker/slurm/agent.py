@@ -13,8 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from signal import Signals
 
 from launcher.child_process import exit_on_termination
 from launcher.config.sections.slurm import SlurmSection
@@ -39,20 +37,15 @@ def main(plan_path: str, attempt: int) -> int:
     plan, run, stopper = agent.plan, agent.run, agent.stopper
     record = run_store.read_attempt(run, attempt)
     stopper.kill_at = kill_at(record, plan)
-    save_before_end(record, plan, stopper.request)
+    if record.ends_at is not None:
+        # Whether or not Slurm's signal arrives.
+        lead_s = SlurmSection.of(plan.config.cluster).signal_lead_seconds
+        timer = threading.Timer(record.ends_at - lead_s - time.time(), stopper.request, (PREEMPT,))
+        timer.daemon = True
+        timer.start()
     log = run.agent_log(attempt, record.job)
     node = agent.supervise(record, int(os.environ["SLURM_NODEID"]), log, answers_s=SUBMISSION_S)
     return 1 if node.problems or node.first_failure is not None else 0
-
-
-def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
-    """Call `stop` when cluster.signal_lead_seconds of the job's time are left, whether or not Slurm's signal arrives."""
-    if record.ends_at is None:
-        return
-    lead_s = SlurmSection.of(plan.config.cluster).signal_lead_seconds
-    timer = threading.Timer(record.ends_at - lead_s - time.time(), stop, (PREEMPT,))
-    timer.daemon = True
-    timer.start()
 
 
 def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:

@@ -308,17 +308,6 @@ def test_tensors_in_main_memory_take_the_place_of_those_before() -> None:
     assert kept < 0.1 * _count_page_faults(plain)
 
 
-@pytest.mark.parametrize(
-    ("library", "threshold"),
-    [(("glibc", "2.41"), 2**28), (("glibc", "2.35"), 2**28), (("glibc", "2.31"), 2**25), (("", ""), 2**25)],
-)
-def test_the_c_library_gets_a_threshold_that_it_accepts(
-    library: tuple[str, str], threshold: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("platform.libc_ver", lambda: library)
-    assert allocator_defaults({}, "cpu")["MALLOC_MMAP_THRESHOLD_"] == str(threshold)
-
-
 def test_what_the_user_has_set_stays() -> None:
     assert "MALLOC_TRIM_THRESHOLD_" not in allocator_defaults({"MALLOC_TRIM_THRESHOLD_": "1"}, "cpu")
     assert allocator_defaults({}, "cuda") == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
