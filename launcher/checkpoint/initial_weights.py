@@ -159,11 +159,7 @@ def _is_readable(source: ParameterSource | None, shape: tuple[int, ...]) -> bool
 
 @torch.no_grad()
 def fill_buffers(model: nn.Module, sources: Mapping[str, ParameterSource]) -> None:
-    """Read the buffers that weight files contain; each rank reads all of them.
-
-    Raises:
-        ConfigError: if a file is shorter than its header says.
-    """
+    """Read the buffers that weight files contain; each rank reads all of them."""
     for name, buffer in stored_buffers(model).items():
         values = torch.empty(buffer.numel(), dtype=buffer.dtype)
         _read(sources[name], 0, buffer.numel(), values)
@@ -175,9 +171,6 @@ def fill(model: nn.Module, sources: Mapping[str, ParameterSource], on_fill: Call
     """Read this rank's partition of every parameter; no communication.
 
     `on_fill` is called with the bytes of each parameter as the model holds it, over all ranks.
-
-    Raises:
-        ConfigError: if a file is shorter than its header says.
     """
     first_parts = {name: source.parts[0] for name, source in sources.items()}
     by_place = sorted(model.named_parameters(), key=lambda one: (first_parts[one[0]].path, first_parts[one[0]].offset))

@@ -86,11 +86,7 @@ class MirroredRun(Record):
 
 
 def read_run(remote: RemoteFolder) -> MirroredRun | None:
-    """Read run.json; None if there is none.
-
-    Raises:
-        CheckpointError: if it cannot be parsed.
-    """
+    """Read run.json; None if there is none."""
     content = remote.read(RUN)
     if content is None:
         return None
@@ -364,11 +360,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
 
 
 def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
-    """Download code, model and attempt files into the run directory; return the plans by name, without writing them.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged.
-    """
+    """Download code, model and attempt files into the run directory; return the plans by name, without writing them."""
     plans: dict[str, LaunchPlan] = {}
     for name, entry in mirrored.files.items():
         content, target = remote.read(name), run.root / name

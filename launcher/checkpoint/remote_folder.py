@@ -117,11 +117,7 @@ class RemoteFolder:
             self._retry(lambda: self._fs.rm(self._path(name), recursive=True))
 
     def require_trusted(self) -> None:
-        """Reject a folder on a disk whose content other users could have changed: a resume runs code from it.
-
-        Raises:
-            SubmitError: with the file or folder, its owner and the remedy.
-        """
+        """Reject a folder on a disk whose content other users could have changed: a resume runs code from it."""
         folder = Path(self._root)
         if isinstance(self._fs, LocalFileSystem) and (problem := folders.folder_problem(f"the mirror of {folder.name}", folder)):
             raise SubmitError(problem)

@@ -44,10 +44,9 @@ _BLOCK_ELEMENTS = 64 * 2**20
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint.
+    """A committed checkpoint: the bytes of all ranks' files, and the seconds from the call to the commit.
 
-    `bytes` counts the files of all ranks, `seconds` lasts from the call to the commit, `stall_s` is how long training on this
-    rank waited. `not_pruned` says, on rank 0, why older checkpoints could not be removed.
+    `stall_s` is how long training on this rank waited; `not_pruned` says, on rank 0, why older checkpoints could not be removed.
     """
 
     path: Path
@@ -308,11 +307,7 @@ class SaveJob:
         return self.shard.write(path, self._require_finite(self.copy.blocks()), digests)
 
     def _require_finite(self, states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
-        """Yield the bytes of states.
-
-        Raises:
-            CheckpointError: if a state is infinite or NaN.
-        """
+        """Yield the bytes of states; refuse a state that is infinite or NaN."""
         num_done, half = 0, self.shard.num_bytes // 2
         for state in states:
             # The sum is one pass without a temporary tensor; it may overflow for large finite values, hence the second check.

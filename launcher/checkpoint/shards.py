@@ -214,11 +214,7 @@ def _verify(
 
 
 def require_known_dtypes(named_buffers: Mapping[str, torch.Tensor]) -> None:
-    """Refuse buffers that a shard cannot hold.
-
-    Raises:
-        CheckpointError: with the name and the dtype of the first one.
-    """
+    """Refuse buffers that a shard cannot hold."""
     for name, buffer in named_buffers.items():
         if buffer.dtype not in STORED_DTYPES:
             raise CheckpointError("checkpoints cannot hold a buffer of this dtype", where=name, value=str(buffer.dtype))

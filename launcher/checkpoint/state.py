@@ -15,9 +15,7 @@ from launcher.plan.optimizers import OPTIMIZERS
 
 
 class State(Record):
-    """`parameters` maps each name to its full shape; `optimizer_states` are the names under which shards hold the optimizer's
-    tensors; `extra` is the training loop's own.
-    """
+    """`parameters` are full shapes by name, `optimizer_states` the names in shards; `extra` is the training loop's own."""
 
     parameters: dict[str, tuple[int, ...]]
     optimizer_step: int
@@ -32,11 +30,7 @@ class State(Record):
 
 
 def read_state(path: Path) -> State:
-    """Read the state.json of a checkpoint directory.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """Read the state.json of a checkpoint directory."""
     file = path / STATE
     try:
         return State.model_validate(json.loads(file.read_bytes()))

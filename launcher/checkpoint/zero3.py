@@ -36,11 +36,7 @@ ReadState = Callable[[str, str, int, int, torch.Tensor], None]
 
 
 def require_supported_engine(engine: Any, named_parameters: Mapping[str, Parameter]) -> None:
-    """Check that this engine's states can be read parameter by parameter.
-
-    Raises:
-        CheckpointError: if they cannot, or if `named_parameters` are not exactly the parameters of the model.
-    """
+    """Check that this engine's states can be read parameter by parameter."""
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         raise CheckpointError("checkpoints are written for DeepSpeed ZeRO stage 3 only", value=type(zero).__name__)
@@ -81,11 +77,7 @@ def dropped_gradients(engine: Any) -> Iterator[None]:
 
 
 def find_optimizer(engine: Any) -> Optimizer:
-    """Find the row of OPTIMIZERS that describes this engine's optimizer.
-
-    Raises:
-        CheckpointError: if no row lists its class.
-    """
+    """Find the row of OPTIMIZERS that describes this engine's optimizer."""
     kind = type(engine.optimizer.optimizer)
     name = f"{kind.__module__}.{kind.__qualname__}"
     optimizer = find_by_class(name)
@@ -113,9 +105,6 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
     """Return (parameter name, state name, number of elements on this rank) in the order of `local_states`.
 
     Optimizer states exist only after the first optimizer step.
-
-    Raises:
-        CheckpointError: if the optimizer's states differ from those in the table of optimizers.
     """
     keys, zero = stored_keys(engine, optimizer_step(engine)), engine.optimizer
     for flat in zero.fp32_partitioned_groups_flat:
@@ -212,11 +201,7 @@ def _group_members(engine: Any, named_parameters: Mapping[str, Parameter]) -> di
 
 
 def optimizer_step(engine: Any) -> int:
-    """Return the number of optimizer steps applied to the weights, excluding skipped steps.
-
-    Raises:
-        CheckpointError: if it differs between parameters.
-    """
+    """Return the number of optimizer steps applied to the weights, excluding skipped steps."""
     zero = engine.optimizer
     # For optimizers that do not count steps.
     applied = engine.global_steps - engine.skipped_steps

@@ -223,8 +223,7 @@ def cluster_for(kind: str) -> Cluster:
 class FilesOnly:
     """Reads the state of a run from its files only: this user's token must not go to an address in another user's records.
 
-    `is_silent`: whether, when the state was last read, the run had stopped refreshing its liveness file or, if it keeps none, its
-    output. It has then probably ended without recording this.
+    `is_silent`: the run had stopped refreshing its liveness file (or output) at the last look, and has probably ended.
     """
 
     status_interval_s = 1.0
@@ -249,11 +248,7 @@ class FilesOnly:
 
 
 def status_reader_for(run: RunDir, kind: str) -> StatusReader:
-    """Return the backend of a run that this user trusts, or a reader of its files for another user's run.
-
-    Raises:
-        RunError: if there is no such backend.
-    """
+    """Return the backend of a run that this user trusts, or a reader of its files for another user's run."""
     problem = folders.run_problem(run.root)
     return cluster_for(kind) if problem is None else FilesOnly(problem.message)
 

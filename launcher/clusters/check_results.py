@@ -94,10 +94,7 @@ def to_lines(report: MachineReport) -> list[str]:
 
 
 class ReportReader:
-    """Assembles reports from the lines of one or several machines.
-
-    `reports` are keyed by machine, in the order of arrival.
-    """
+    """Assembles reports, keyed by machine, from the lines of one or several machines."""
 
     def __init__(self) -> None:
         self.reports: dict[str, MachineReport] = {}

@@ -71,11 +71,7 @@ class LocalCluster(Cluster):
 
 
 def check_here(plan: LaunchPlan) -> None:
-    """Reject a plan that this machine cannot run.
-
-    Raises:
-        SubmitError: for more nodes, GPUs or memory than this machine has, or a missing NVMe folder.
-    """
+    """Reject a plan that this machine cannot run."""
     topology = plan.topology
     if topology.nodes > 1:
         raise SubmitError(

@@ -67,10 +67,7 @@ class NodeCommand:
             self.close()
 
     def show_lines(self, show: Callable[[str], object], deadline: float) -> list[str]:
-        """Pass the lines of its standard output to `show` until it closes it, or until `deadline`, a time.monotonic() time.
-
-        Returns the last lines.
-        """
+        """Pass the lines of its standard output to `show` until it closes it, or until `deadline`; returns the last lines."""
         last: deque[str] = deque(maxlen=_MAX_LINES)
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -112,10 +109,7 @@ def blocked_signals(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C, TERM and HUP during a cleanup that must complete.
-
-    The first signal that arrives meanwhile takes effect at the end.
-    """
+    """Hold back Ctrl-C, TERM and HUP during a cleanup that must complete; the first one takes effect at the end."""
     if threading.current_thread() is not threading.main_thread():
         # Python runs handlers only in the main thread.
         yield

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_startable(plan: LaunchPlan) -> None:
-    """Reject a run that could train but could not save or upload its result.
-
-    Raises:
-        SubmitError: if the run directory cannot be created, the disk has no room for a checkpoint, a push to the Hub lacks a
-        token or would be public, or the mirror is not writable.
-    """
+    """Reject a run that could train but could not save or upload its result: run directory, disk, Hub and mirror."""
     if problem := folder_problem(Path(plan.run_dir)):
         raise SubmitError(problem)
     repo_id = plan.config.export.push_to_hub

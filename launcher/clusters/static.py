@@ -42,11 +42,7 @@ class StaticCluster(Cluster):
         self.agent: subprocess.Popen[bytes] | None = None
 
     def check(self, plan: LaunchPlan) -> None:
-        """Reject what this machine cannot run, since the others are like it; with a meeting, wait for the other machines.
-
-        Raises:
-            SubmitError, ConfigError: also for machines that are missing or were started differently.
-        """
+        """Reject what this machine cannot run, since the others are like it; with a meeting, wait for the other machines."""
         from launcher.hardware import device
 
         local.require_gpus(plan, device())
@@ -58,12 +54,7 @@ class StaticCluster(Cluster):
         return f"machines   {count}, each of which runs this command with an index of its own (NODE_RANK)\n"
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
-        """Wait for the other machines, name the attempt's nodes, and start this machine's agent.
-
-        Raises:
-            SubmitError: if it is not called by its own machine's command, for example for a run that another user's command would
-            start.
-        """
+        """Wait for the other machines, name the attempt's nodes, and start this machine's agent."""
         meeting = self._meeting
         if meeting is None:
             remedy = "run the command on every machine, with NODE_RANK set"

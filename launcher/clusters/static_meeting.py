@@ -94,11 +94,7 @@ class Connection:
             self._framed.send_bytes(json.dumps(asdict(message)).encode())
 
     def receive(self, kind: type[M]) -> M:
-        """Wait for the next message.
-
-        Raises:
-            OSError: with the reason, if the connection has ended or carries something else.
-        """
+        """Wait for the next message. Raises OSError, with the reason, if the connection has ended or carries something else."""
         try:
             return json_records.loads(kind, self._framed.recv_bytes(_MAX_MESSAGE_BYTES), "a message")
         except EOFError:
@@ -129,11 +125,7 @@ class Meeting:
         self._listener: socket.socket | None = None
 
     def open(self) -> Meeting:
-        """Write the number of this start and listen.
-
-        Raises:
-            SubmitError: if run.root cannot be written, or the port is taken.
-        """
+        """Write the number of this start and listen."""
         if self.endpoint is None:
             return self
         address, port = self.endpoint.address, self._here.port
@@ -159,12 +151,7 @@ class Meeting:
         return self
 
     def await_everyone(self) -> tuple[str, ...]:
-        """Wait until every machine has joined; returns their names, unique even if host names repeat.
-
-        Raises:
-            SubmitError: for machines that are missing, see a different run.root, or were started with a different command or with
-                the same index.
-        """
+        """Wait until every machine has joined; returns their names, unique even if host names repeat."""
         until, printed = time.monotonic() + WAIT_S, ""
         where = "" if self.endpoint is None else f"{self.endpoint.address}:{self._here.port}"
         while True:
@@ -334,12 +321,7 @@ def _finds_marker(run: Path, number: str) -> bool:
 
 
 def head_endpoint(here: NodeIdentity, interface: str | None) -> network.Endpoint | None:
-    """Return where node 0 listens, or None for a single machine.
-
-    Raises:
-        RunError: if the address or the interface is unusable.
-        SubmitError: if the address is public.
-    """
+    """Return where node 0 listens, or None for a single machine."""
     if here.nodes == 1:
         return None
     endpoint = network.endpoint_of(str(here.address), interface)

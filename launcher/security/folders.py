@@ -103,11 +103,7 @@ class Trust:
 
 
 def add_to_environ(owners: Iterable[str]) -> None:
-    """Add owners to LAUNCHER_TRUST_OWNERS, which the processes of this command inherit.
-
-    Raises:
-        ConfigError: with the names that this machine does not know.
-    """
+    """Add owners to LAUNCHER_TRUST_OWNERS, which the processes of this command inherit; refuse names that are unknown here."""
     os.environ[TRUST_VARIABLE] = ",".join([os.environ.get(TRUST_VARIABLE, ""), *owners])
     Trust.from_environ(os.environ)
 
@@ -155,11 +151,7 @@ def folder_problem(subject: str, folder: Path, trust: Trust | None = None) -> Pr
 
 
 def require_own_folder(subject: str, folder: Path, remedy: str = "") -> None:
-    """Reject a folder that other users could change.
-
-    Raises:
-        SubmitError: with the folder, its owner and the remedy.
-    """
+    """Reject a folder that other users could change."""
     if problem := folder_problem(subject, folder):
         raise SubmitError(replace(problem, remedy=f"{remedy}; or {problem.remedy}") if remedy else problem)
 
@@ -170,11 +162,7 @@ def run_problem(folder: Path) -> Problem | None:
 
 
 def require_run(folder: Path) -> None:
-    """Reject a run that other users could have changed, before its plan or code is used, or its process ended.
-
-    Raises:
-        SubmitError: with the folder, its owner and the remedy.
-    """
+    """Reject a run that other users could have changed, before its plan or code is used, or its process ended."""
     require_own_folder(f"the run {folder.name}", folder)
 
 
@@ -186,11 +174,7 @@ def describe_permissions(path: Path) -> str:
 
 
 def group_id(group: str) -> int:
-    """Return the gid of a group given by name or number.
-
-    Raises:
-        KeyError: if this machine has no group of that name.
-    """
+    """Return the gid of a group given by name or number; raises KeyError if this machine does not know the name."""
     return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
 
 
@@ -261,11 +245,7 @@ def private_files() -> Iterator[None]:
 
 
 def make_own_folder(folder: Path) -> None:
-    """Create a folder and its missing parents; only this user, and a trusted group, can write to them.
-
-    Raises:
-        OSError: if one cannot be created.
-    """
+    """Create a folder and its missing parents; only this user, and a trusted group, can write to them."""
     mode = 0o775 if Trust.from_environ(os.environ).gids else 0o755
     for one in (*reversed(folder.parents), folder):
         if not one.is_dir():
@@ -303,11 +283,7 @@ def share(folder: Path, group: str) -> None:
 
 
 def shared_group(group: str) -> int:
-    """Return the gid of the group in data.cache_group.
-
-    Raises:
-        DataError: if this machine does not have it.
-    """
+    """Return the gid of the group in data.cache_group."""
     try:
         return group_id(group)
     except KeyError:
@@ -316,11 +292,7 @@ def shared_group(group: str) -> int:
 
 
 def require_cache(folder: Path, group: str | None = None) -> None:
-    """Reject a folder of the launcher's cache that other users could change; `group` is one that intentionally shares it.
-
-    Raises:
-        DataError: with the folder, its owner and the remedy.
-    """
+    """Reject a folder of the launcher's cache that other users could change; `group` is one that intentionally shares it."""
     trust = Trust.from_environ(os.environ)
     trust = trust if group is None else replace(trust, gids=trust.gids | {shared_group(group)})
     # The folder is checked again once it exists.
@@ -340,12 +312,7 @@ def _cache_problem(folder: Path, exists: bool, trust: Trust) -> Problem | None:
 def make_private_folder(folder: Path, where: str) -> None:
     """Create an empty folder that only this user can enter, replacing their earlier one; `where` names its setting.
 
-    Several processes of this user, such as those on nodes that share the folder, may call this at the same time, before any of
-    them writes to it.
-
-    Raises:
-        ConfigError: if another user created it.
-        OSError: if it cannot be created.
+    Several processes of this user may call this at the same time, before any of them writes to it.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, exist_ok=True)

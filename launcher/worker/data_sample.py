@@ -1,8 +1,7 @@
-"""Inspects the data and the model of a run that is being set up: `python -m launcher.worker.data_sample`.
+"""Inspects the data and the model of a run that is being set up: `python -m launcher.worker.data_sample < CONFIG.json`.
 
-Reads a RunConfig as JSON from standard input. Prints one JSON object: each source's number of rows, whether all are plain text,
-document lengths in tokens, and the config.json of a model on the Hub. Tokens are counted with the model's tokenizer if it is
-on this machine or can be fetched; otherwise characters are counted. The only thing written is the conversion of a GGUF file.
+Prints one JSON object: each source's number of rows, whether all are plain text, document lengths in tokens (estimated from
+characters without the model's tokenizer), and the config.json of a model on the Hub. Writes only the conversion of a GGUF file.
 """
 
 from __future__ import annotations
@@ -41,11 +40,7 @@ _TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "voc
 
 
 def sample_data(config: RunConfig) -> dict[str, Any]:
-    """Return the JSON object that the module docstring describes.
-
-    Raises:
-        DataError: for an unusable source, or unusable rows unless the settings skip them.
-    """
+    """Return the JSON object that the module docstring describes."""
     row_sources = []
     documents: list[Document] = []
     for source in config.data.sources:

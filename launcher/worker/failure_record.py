@@ -140,10 +140,7 @@ class RankExit:
 
     @property
     def is_killed(self) -> bool:
-        """True if a signal other than the agent's own TERM ended the rank.
-
-        A rank that left a record ended because of its exception.
-        """
+        """True if a signal other than the agent's own TERM ended the rank; with a record, its exception ended it."""
         return self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGINT) and self.error is None
 
     @property

@@ -1,7 +1,4 @@
-"""Signals the processes of a run on this node: `python -m launcher.worker.fault_injection FAULT RUN ATTEMPT`.
-
-The drill (launcher.cli.drill) runs it on the node. It prints the injected fault as one JSON object.
-"""
+"""Signals the processes of a run on this node, for the drill: `python -m launcher.worker.fault_injection FAULT RUN ATTEMPT`."""
 
 from __future__ import annotations
 
@@ -29,11 +26,7 @@ _SIGNALS = {
 
 
 def find(run: Path, attempt: int) -> tuple[psutil.Process, dict[int, psutil.Process]]:
-    """Find the agent and the ranks of `attempt` on this node.
-
-    Raises:
-        RunError: if there are none.
-    """
+    """Find the agent and the ranks of `attempt` on this node."""
     agents, ranks = [], {}
     for process in psutil.process_iter():
         try:

@@ -67,10 +67,6 @@ class Evidence:
         refused: the error of each node on which no agent could start, keyed by its name.
         is_out_of_memory: the scheduler ended processes that exceeded a memory limit of the job.
         stops_mean: why ranks are asked to stop on this backend; None if the time of the request decides.
-        attempt: what the attempt started from.
-        journal: what its processes have recorded.
-        step: the newest step that was trained.
-        is_cancelled: a person requested the end.
         lead_s: how long before its end the job is asked to save.
     """
 
@@ -468,11 +464,7 @@ def _add_failures(run: RunDir, number: int, ended: AttemptEnd, failure: FailureR
 
 
 def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str:
-    """Return why the ranks of attempt `number` would fail again after a restart, given this failure; empty if they may not.
-
-    An exception counts as repeating if it came back at the same step after two resumes from one checkpoint; see
-    launcher.plan.retry.
-    """
+    """Return why the ranks of attempt `number` would fail again after this failure, by plan.retry; empty if they may not."""
     attempt, saved_step = run_store.read_attempt(run, number), store.newest_step(run.checkpoints)
     ended = _add_failures(run, number, AttemptEnd(Cause.FAILURE, attempt.resume_step, saved_step), failure)
     return retry.describe_repetition([*history(run, number), ended])

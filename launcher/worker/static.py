@@ -1,8 +1,6 @@
 """The agent of one machine among several that run the same command: `python -m launcher.worker.static PLAN ATTEMPT NODE`.
 
-As on Slurm, it meets the agents of the other machines, checks its machine, runs its ranks and writes its record. The agent of
-node 0 concludes the attempt when the other machines have left their records or are lost, which the commands report.
-
+The agent of node 0 concludes the attempt when the other machines have left their records or are lost, which the commands report.
 `python -m launcher.worker.static PLAN` judges the previous attempt for a repeated command, and prints a JSON object.
 """
 
@@ -77,10 +75,9 @@ def main(plan_path: str, attempt: int, number: int) -> int:
 
 
 class Peers:
-    """What the journal tells about the other machines, at each `look`.
+    """What the journal tells about the other machines, at each `look`; `num_ended` of them have left a record or are lost.
 
-    `num_ended` of them have left a record or are lost. Once the attempt cannot go on without one,
-    `kill_ranks` is called until this machine, number `node`, has left its own record, and `reason` is why.
+    Once the attempt cannot go on without one, `kill_ranks` is called until machine `node` has left its own record, for `reason`.
     """
 
     def __init__(self, run: RunDir, attempt: int, node: int, kill_ranks: Callable[[int], None]) -> None:

@@ -1,10 +1,7 @@
 """The supervisor of a node: it checks the node, starts a rank per GPU, watches them, and records how they ended.
 
-It is the same on every backend. A backend starts an agent on each node, such as launcher.worker.local: a process that calls
-`NodeAgent.start` and `supervise`, which tells where the nodes meet and what its signals mean.
-
-torch's elastic agent handles rendezvous and restarts, and reports which rank failed first. This module adds the signals that
-ask the ranks to save before they stop, the watchdog for hung ranks, and the failure record.
+It is the same on every backend, which starts an agent on each node: a process that calls `NodeAgent.start` and `supervise`, and
+tells where the nodes meet and what its signals mean. launcher.worker.local is the shortest.
 """
 
 from __future__ import annotations
@@ -173,11 +170,7 @@ class NodeAgent:
         self.ranks.close()
 
     def _check_nodes(self, store: Any, record: Attempt, here: NodeInfo) -> list[Problem]:
-        """Return the problems of all nodes of the attempt, the same list on each node; empty if all are fit.
-
-        Raises:
-            RunError: if the connection to the head node is lost.
-        """
+        """Return the problems of all nodes of the attempt, the same list on each node; empty if all are fit."""
         if not getattr(self.plan.config.cluster, "node_checks", False):
             return []
         from launcher.worker.checks import node_check
@@ -242,10 +235,7 @@ class NodeAgent:
 
 
 class _FailureLog:
-    """The failures of this node's ranks since their last start: exits, watchdog messages, and limits reached.
-
-    `log` is the file with the agent's output. `why_ended` returns why ranks were killed for good.
-    """
+    """The failures of this node's ranks since their last start: exits, watchdog messages, and limits reached."""
 
     def __init__(self, run: RunDir, attempt: int, node: NodeInfo, log: Path, why_ended: Callable[[], str]) -> None:
         self._run, self._attempt, self._log, self._why_ended = run, attempt, log, why_ended
@@ -272,10 +262,7 @@ class _FailureLog:
         return "" if self._last is None else json.dumps(json_records.encode(self._last))
 
     def report_restart(self, count: int, failures: list[str]) -> str:
-        """Record the `count`-th restart of all ranks and its cause, with an alert; `failures` come from all nodes.
-
-        Returns why the ranks are not restarted; empty if they are.
-        """
+        """Record the `count`-th restart of all ranks and its cause; returns why they are not restarted, empty if they are."""
         records = [json_records.decode(FailureRecord, json.loads(text), "the store") for text in failures if text]
         first = failure_record.first_of(records)
         reason = first.line if first is not None else "torch's elastic agent reported no failed rank"
@@ -304,10 +291,7 @@ class _FailureLog:
         return replace(failure, host=self._host)
 
     def from_exception(self, error: Exception) -> FailureRecord | None:
-        """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own.
-
-        None if only failures of other nodes prevent the restart.
-        """
+        """Return the failure behind an exception of torch's agent; None if only failures of other nodes prevent the restart."""
         from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
         final = failure_record.read_final(self._run, self._attempt) if isinstance(error, RendezvousClosedError) else None
@@ -321,11 +305,7 @@ class _FailureLog:
 
 
 def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
-    """Return this node's index, hosts and address; the agents meet at the head node's address.
-
-    Raises:
-        RunError: if other nodes can reach no interface of this node.
-    """
+    """Return this node's index, hosts and address; the agents meet at the head node's address."""
     if record.address is None or record.port is None:
         raise RunError("the attempt has no address and port of the head node", where="attempt.json", remedy="resume the run")
     if node == 0:
@@ -335,11 +315,7 @@ def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
 
 
 def connect_to_head(record: Attempt, here: NodeInfo) -> Any:
-    """Return the head node's TCPStore, which all nodes share.
-
-    Raises:
-        RunError: if the head node is unreachable, or its port is taken.
-    """
+    """Return the head node's TCPStore, which all nodes share."""
     from torch.distributed import DistNetworkError
 
     from launcher.distributed import open_store

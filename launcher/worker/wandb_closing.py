@@ -1,7 +1,6 @@
-"""Reports the end of a run to W&B if no rank could, because the ranks were killed or never started.
+"""Reports the end of a run to W&B if no rank could: `python -m launcher.worker.wandb_closing PLAN ATTEMPT`.
 
-`python -m launcher.worker.wandb_closing PLAN ATTEMPT` briefly resumes the W&B run: it sends an alert with the first failure or
-the limit that was reached, the steps that W&B lacks, and exit code 1.
+Briefly resumes the W&B run, and sends an alert with the first failure or the limit, the steps that W&B lacks, and exit code 1.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
     assert len(texts) == 4
     for part, text in zip(expected, texts, strict=False):
         assert part in text
-    assert "(stale)" in texts[2]
+    assert "process 1 (" in texts[2]
 
 
 @pytest.mark.parametrize("save, number", [(True, CANCEL), (False, signal.SIGKILL)])

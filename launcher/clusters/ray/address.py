@@ -28,11 +28,7 @@ _CONNECT_S = 5.0
 
 
 def require_usable(section: RaySection) -> None:
-    """Reject a cluster that is public, does not answer, or does not accept the token.
-
-    Raises:
-        SubmitError: with the remedy.
-    """
+    """Reject a cluster that is public, does not answer, or does not accept the token."""
     address = address_to_join(section.address or "")
     host = urlsplit(address if section.is_http else f"ray://{address}").hostname or ""
     try:
@@ -67,22 +63,14 @@ def require_usable(section: RaySection) -> None:
 
 
 def address_to_join(address: str) -> str:
-    """Return the address for ray.init for a value of cluster.address, so that Ray never searches for a cluster itself.
-
-    Raises:
-        SubmitError: as find_address does.
-    """
+    """Return the address for ray.init for a value of cluster.address, so that Ray never searches for a cluster itself."""
     if address == _AUTO:
         address = os.environ.get("RAY_ADDRESS") or _AUTO
     return find_address() if address == _AUTO else address
 
 
 def find_address() -> str:
-    """Return host:port of the cluster that this machine belongs to, according to the processes of trusted users.
-
-    Raises:
-        SubmitError: if there is none, or only other users', or several.
-    """
+    """Return host:port of the cluster that this machine belongs to, according to the processes of trusted users."""
     trust, owners = Trust.from_environ(os.environ), dict[str, set[int]]()
     for process in psutil.process_iter(["cmdline", "uids"]):
         arguments, uids = process.info["cmdline"] or [], process.info["uids"]

@@ -79,11 +79,7 @@ def submit(
 ) -> str:
     """Submit `PYTHON -m MODULE ARGUMENTS` with `code` on its path, as a job of the run `name`; returns the job's id.
 
-    Every user of the head node can see the arguments, and everyone with the token can read the job's variables `environ`, in
-    which Ray replaces `${NAME}`.
-
-    Raises:
-        SubmitError: with Ray's message.
+    Every user of the head node can see the arguments, and everyone with the token `environ`, in which Ray replaces `${NAME}`.
     """
     import tenacity
 
@@ -123,9 +119,6 @@ def run_driver(
     """Run `python -m MODULE ARGUMENTS` here, or as a job on the cluster, and end it at the deadline, a time.monotonic() time.
 
     `show` gets the lines of its output as they arrive; the last lines and messages are returned.
-
-    Raises:
-        SubmitError: if the Jobs API does not answer.
     """
     code = Path(launcher.__file__).resolve().parents[1]
     if not section.is_http:

@@ -52,11 +52,7 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
 
 
 def check_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
-    """Run the checks as a task on every node of the cluster.
-
-    Raises:
-        RunError: if the driver ended without a report, or did not end in time.
-    """
+    """Run the checks as a task on every node of the cluster."""
     section = RaySection.of(config.cluster)
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {**section.env, **environ}})
     variables = {REQUEST_VARIABLE: base64.b64encode(request.encode()).decode()}
@@ -74,12 +70,7 @@ def check_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, 
 
 
 def answer_prompts(config: RunConfig, run: RunDir, folder: Path) -> None:
-    """Run the evaluation's processes as tasks on the cluster, one for each GPU.
-
-    Raises:
-        SubmitError: if the cluster does not answer.
-        RunError: if a process has failed.
-    """
+    """Run the evaluation's processes as tasks on the cluster, one for each GPU."""
     section = RaySection.of(config.cluster)
     require_usable(section)
     until = time.monotonic() + _LONGEST_WAIT_S

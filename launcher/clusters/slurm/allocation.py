@@ -1,8 +1,7 @@
 """What a site's nodes do beside runs: `launcher doctor` checks them, and for `launcher evaluate` they answer prompts.
 
-Both commands wait for a short allocation with the run's cluster settings. salloc starts a task on each node, whose output comes
-back through srun's connections, so even a node without shared storage can report. During training, each evaluation of a
-checkpoint is a one-node batch job instead, which can outlive the run's own job.
+Both wait for a short allocation. srun's connections return a task's output, so a node without shared storage can report, too.
+During training, each evaluation of a checkpoint is a one-node batch job instead, which can outlive the run's own job.
 """
 
 from __future__ import annotations
@@ -68,11 +67,7 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
 
 
 def check_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
-    """Allocate the run's nodes and run the checks on each; returns a warning for each failed command of the settings.
-
-    Raises:
-        RunError: if Slurm grants no allocation in time, or if nodes did not report.
-    """
+    """Allocate the run's nodes and run the checks on each; returns a warning for each failed command of the settings."""
     section, num_gpus = SlurmSection.of(config.cluster), site.num_gpus_per_node(config)
     name = f"launcher-doctor-{secrets.token_hex(4)}"
     minutes = min(section.time_minutes, _MAX_MINUTES, math.ceil((deadline - time.monotonic()) / 60))
@@ -102,11 +97,7 @@ def check_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, 
 
 
 def answer_prompts(config: RunConfig, run: RunDir, folder: Path) -> None:
-    """Allocate the run's nodes, and run the evaluation's processes on each.
-
-    Raises:
-        RunError: if Slurm grants no allocation, or a process has failed.
-    """
+    """Allocate the run's nodes, and run the evaluation's processes on each."""
     section, num_gpus = SlurmSection.of(config.cluster), site.num_gpus_per_node(config)
     module = ("launcher.worker.slurm.agent", "evaluate", str(folder), str(num_gpus))
     task = json.loads((folder / "task.json").read_bytes())
@@ -126,12 +117,7 @@ def answer_prompts(config: RunConfig, run: RunDir, folder: Path) -> None:
 
 
 def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
-    """Submit a one-node job that evaluates a step; returns its number. A run's jobs start one after another.
-
-    Raises:
-        SubmitError: for a path that a batch script cannot contain.
-        SlurmError: if this machine has no sbatch, or Slurm refuses the job.
-    """
+    """Submit a one-node job that evaluates a step; returns its number. A run's jobs start one after another."""
     section = SlurmSection.of(plan.config.cluster)
     config = plan.config.model_copy(update={"cluster": section.model_copy(update={"nodes": 1})})
     num_gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0

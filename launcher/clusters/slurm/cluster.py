@@ -150,11 +150,7 @@ class SlurmCluster(Cluster):
 def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, retry_s: float = 0.0) -> None:
     """Start the job again: requeue it, or submit another job for the same run if it cannot be requeued.
 
-    With `by_slurm`, Slurm's preemption has already requeued the job. Commands are retried for `retry_s` seconds if Slurm does not
-    answer.
-
-    Raises:
-        SubmitError: if the job cannot be requeued and another submission is rejected.
+    With `by_slurm`, Slurm's preemption has requeued the job already. While Slurm is silent, commands are retried for `retry_s`.
     """
     from launcher.clusters.slurm import sbatch
     from launcher.config.sections.slurm import SlurmSection

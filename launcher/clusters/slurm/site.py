@@ -78,12 +78,7 @@ class Partition:
 
 
 def chosen_partitions(section: SlurmSection) -> tuple[Partition, ...]:
-    """Return the partitions that the job may run in: those of cluster.partition, or the site's default.
-
-    Raises:
-        SlurmError: if Slurm does not answer.
-        SubmitError: if a partition does not exist; lists the existing ones.
-    """
+    """Return the partitions that the job may run in: those of cluster.partition, or the site's default."""
     by_name = {partition.name: partition for partition in read_partitions()}
     names = [name for name in by_name if by_name[name].default] if section.partition is None else section.partition.split(",")
     unknown = next((name for name in names if name not in by_name), None)
@@ -95,11 +90,7 @@ def chosen_partitions(section: SlurmSection) -> tuple[Partition, ...]:
 
 
 def read_partitions() -> tuple[Partition, ...]:
-    """Read the site's partitions from slurmctld with concurrent commands.
-
-    Raises:
-        SlurmError: if it does not answer.
-    """
+    """Read the site's partitions from slurmctld with concurrent commands."""
     # --all includes partitions that are hidden or closed to this user's groups.
     with ThreadPoolExecutor(2) as pool:
         rows = pool.submit(slurm_table, "sinfo", "--all", "--Node", "--noheader", fields=_NODE_FIELDS)
@@ -120,11 +111,7 @@ def read_partitions() -> tuple[Partition, ...]:
 
 
 def check_job(plan: LaunchPlan) -> None:
-    """Reject a job that this site refuses or would never start.
-
-    Raises:
-        SubmitError: with all problems, or if Slurm does not answer.
-    """
+    """Reject a job that this site refuses or would never start."""
     section, problems, save_s = SlurmSection.of(plan.config.cluster), [], save_seconds(plan)
     if save_s > section.signal_lead_seconds:
         problem = (
@@ -143,12 +130,7 @@ def check_job(plan: LaunchPlan) -> None:
 
 
 def find_site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
-    """Return why this site cannot run a job with these settings; `num_gpus` per node applies if the settings name none.
-
-    Raises:
-        SlurmError: if Slurm does not answer.
-        SubmitError: if a partition does not exist.
-    """
+    """Return why this site cannot run a job with these settings; `num_gpus` per node applies if the settings name none."""
     section = SlurmSection.of(config.cluster)
     partitions = chosen_partitions(section)
     # Slurm accepts jobs above a partition's limit by default, and never starts them.
@@ -174,9 +156,6 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     """Return the accelerators of one node of the job: the requested ones, or all of the partition's most common GPU node.
 
     Without GPUs, or with cluster.gpus_per_node=0, return the CPUs of the most common node.
-
-    Raises:
-        SubmitError: if Slurm does not answer and the settings name no GPUs, or the partition does not exist.
     """
     requested = requested_gpus(section)
     try:

@@ -1,7 +1,6 @@
 """Checks of a node's GPUs: by the driver without using them, with torch, and an all-reduce over all of them.
 
-`python -m launcher.worker.checks.gpus torch|all-reduce DEVICE` computes in a process of its own, because importing torch
-takes seconds, may crash, and the first CUDA call may hang.
+`python -m launcher.worker.checks.gpus torch|all-reduce DEVICE` computes in a process of its own: a CUDA call may hang or crash.
 """
 
 from __future__ import annotations

@@ -53,11 +53,7 @@ _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", 
 
 
 def require_weights(found: FoundModel, say: Callable[[str], None]) -> None:
-    """Reject weights that do not cover the model. Comparison results are cached; `say` shows a line to the user.
-
-    Raises:
-        ConfigError: if tensors are missing or have a different shape, a file is damaged, or config.json is rejected.
-    """
+    """Reject weights that do not cover the model. Comparison results are cached; `say` shows a line to the user."""
     model, folder = found.section, found.folder
     if model.path is None or model.init == "random":
         return
@@ -86,11 +82,7 @@ def require_weights(found: FoundModel, say: Callable[[str], None]) -> None:
 
 
 def compare_weights(folder: Path, model: ModelSection) -> WeightReport:
-    """Load the folder's model without data and report tensors that are missing, unexpected or of a different shape.
-
-    Raises:
-        ConfigError: if a weight file is damaged, transformers rejects config.json, or parts of a tensor cannot be fused.
-    """
+    """Load the folder's model without data and report tensors that are missing, unexpected or of a different shape."""
     import torch
     from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
     from transformers.utils import logging
@@ -129,11 +121,7 @@ def compare_weights(folder: Path, model: ModelSection) -> WeightReport:
 
 
 def _build_blank_model(folder: Path, model: ModelSection) -> Any:
-    """Build the ranks' model on the meta device.
-
-    Raises:
-        ConfigError: if transformers rejects config.json, which it would do on every node too.
-    """
+    """Build the ranks' model on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -163,9 +151,7 @@ def _find_reason(error: Exception) -> str:
 def check_isolation(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
     """Probe a reduced model, store the verdict and return it; also store the number of parameters, unless the facts have it.
 
-    Raises:
-        DataError: if the launcher's cache cannot be written.
-        RunError: if this machine has no memory, processes, files or disk space left for the probe; then no verdict is stored.
+    Without memory, processes, files or disk space for the probe, it raises RunError and stores no verdict.
     """
     if not facts.num_params_exact and (num_params := _count_parameters(model, facts)) is not None:
         stored_checks.save_num_params(facts, model, num_params)
@@ -265,10 +251,7 @@ def _describe(error: Exception) -> str:
 
 
 def reduce_config(config: Any) -> Iterator[Any]:
-    """Yield smaller copies of a transformers config, the smallest first.
-
-    All copies keep the order and kinds of layers, the attention and its windows.
-    """
+    """Yield smaller copies of a config, the smallest first; all keep order and kinds of layers, attention and its windows."""
     for is_narrow in (True, False):
         reduced = copy.deepcopy(config)
         for part in _iter_parts(reduced):

@@ -1,8 +1,7 @@
 """The checks of a node: before a run starts, and for `launcher doctor`.
 
 `python -m launcher.worker.checks.node_check [NAME] < CONFIG.json` prints doctor's report of one machine. Before a start, every
-node checks itself, publishes its report and reads those of all nodes, so that all reach the same verdict and can name a node that
-does not answer.
+node reads the reports of all nodes, so that all reach the same verdict and can name a node that does not answer.
 """
 
 from __future__ import annotations
@@ -107,10 +106,9 @@ def check_node(plan: LaunchPlan, attempt: int, num_ranks: int | None = None) -> 
 
 
 def report_gpu_findings(plan: LaunchPlan, attempt: int) -> None:
-    """Send an alert about everything that is wrong with this machine's GPUs and its shared memory; refuse nothing.
+    """Send an alert about what is wrong with this machine's GPUs and its shared memory; refuse nothing.
 
-    For runs on this machine alone: they have no other node, and a person may share a GPU with a process of their own, or stand in
-    another type for an unknown GPU. The check runs beside the imports of the ranks, so no rank waits for the driver.
+    For runs on this machine alone: a person may share a GPU with a process of their own, or name another type for an unknown GPU.
     """
     node = CheckedNode(plan.config, "cuda", plan.topology.ranks_per_node, plan, attempt)
     send_alerts(run_checks(node, ("/dev/shm", "GPUs")), node)  # noqa: S108
@@ -131,9 +129,6 @@ def exchange(
     """Publish this node's report, read all others, and return the problems of all nodes in the order of `hosts`.
 
     `node` is this node's index in `hosts`; `prefix` keeps the keys of rounds apart. Node 0 may host the store, and returns last.
-
-    Raises:
-        RunError: if the connection to the store is lost.
     """
     deadline = time.monotonic() + deadline_s
     try:

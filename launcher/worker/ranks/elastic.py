@@ -202,12 +202,7 @@ class NodeRendezvous(RendezvousHandler):
         return self._run_id
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait until all nodes have arrived for the next round; every node takes part in every round.
-
-        Raises:
-            RendezvousClosedError: if a restart would repeat the failure.
-            RendezvousTimeoutError: with the nodes that did not arrive.
-        """
+        """Wait until all nodes have arrived for the next round; every node takes part in every round."""
         if self._round and self._is_final():
             raise RendezvousClosedError("the ranks failed in a way that a restart would repeat")
         self._round += 1

@@ -104,11 +104,7 @@ def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
 
 
 def _fork_orphan() -> int:
-    """Fork a process whose parent ends at once; returns its process id in the caller and 0 in the process itself.
-
-    Raises:
-        OSError: if no process can be created.
-    """
+    """Fork a process whose parent ends at once; returns its process id in the caller and 0 in the process itself."""
     reader, writer = os.pipe()
     between = os.fork()
     if between == 0:

@@ -86,11 +86,7 @@ class RankTitle:
 
     @classmethod
     def of(cls, process: psutil.Process) -> RankTitle | None:
-        """Return the title of a process, or None if the process is not a rank.
-
-        Raises:
-            psutil.Error: if the process has ended or cannot be read.
-        """
+        """Return the title of a process, or None if the process is not a rank."""
         match = _TITLE.fullmatch(" ".join(process.cmdline()).strip())
         return cls(int(match[1]), match[2], int(match[3])) if match else None
 

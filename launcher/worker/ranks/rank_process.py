@@ -69,11 +69,7 @@ class ForkedProcess:
             return self._poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the process to end, and return the exit code.
-
-        Raises:
-            subprocess.TimeoutExpired: if it has not ended after `timeout` seconds.
-        """
+        """Wait for the process to end, and return the exit code."""
         until = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if until is not None and time.monotonic() > until:
@@ -123,11 +119,7 @@ class ForkServer:
         return not self._has_answered and not select.select([self._connection], [], [], 0)[0]
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
-        """Fork a rank with these arguments for launcher.worker.ranks.rank_main; waits until the server has finished its imports.
-
-        Raises:
-            ForkFailed: if it cannot be forked safely, or at all.
-        """
+        """Fork a rank with these arguments for launcher.worker.ranks.rank_main, when the server has finished its imports."""
         environment = {**environment, **_VARIABLES}
         if names := find_differing(environment, self._environment):
             raise ForkFailed(f"{', '.join(names)} must be set before anything is imported")

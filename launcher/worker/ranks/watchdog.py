@@ -121,11 +121,7 @@ class Heartbeat:
     """A rank's side."""
 
     def __init__(self, table: Path | None, local_rank: int, rank: int) -> None:
-        """Send heartbeats to the table at this path; None sends none.
-
-        Raises:
-            RunError: if the table cannot be opened.
-        """
+        """Send heartbeats to the table at this path; None sends none."""
         self._table: mmap.mmap | None = None
         self._offset = local_rank * _RECORD.size
         self._pid, self._rank = os.getpid(), rank

@@ -1,7 +1,6 @@
 """The agent of one node of a run on Ray: `python -m launcher.worker.ray.agent PLAN ATTEMPT`.
 
-Ray Train's worker on the node starts it (launcher.worker.ray.train_function), ends it when it ends itself, and passes the nodes
-and where they meet to its standard input.
+Ray Train's worker (launcher.worker.ray.train_function) starts it, and passes the nodes and where they meet to its standard input.
 """
 
 from __future__ import annotations

@@ -145,12 +145,7 @@ class Driver:
         return self._run.cancel(self.number).is_file()
 
     def run_attempts(self) -> str:
-        """Run attempts until the run has ended; returns its state.
-
-        Raises:
-            RunEnded: if it ends for another reason than its last attempt.
-            Superseded: if another command has started the run again.
-        """
+        """Run attempts until the run has ended; returns its state."""
         detached_process.start_liveness_file(self._run)
         self._raylet = find_raylet()
         run_store.update_status(self._run, state="pending", message="waiting for nodes")
@@ -176,11 +171,7 @@ class Driver:
                 time.sleep(_RESTART_S)
 
     def _await_nodes(self, deadline: float) -> tuple[LaunchPlan, list[dict[str, Any]]]:
-        """Return the plan for the nodes to ask Ray for, and the nodes to leave out. An elastic run waits for its minimum.
-
-        Raises:
-            RunEnded: if it is cancelled, if a limit of the run is reached, or if the nodes do not come before `deadline`.
-        """
+        """Return the plan for the nodes to ask Ray for, and the nodes to leave out. An elastic run waits for its minimum."""
         import ray
 
         if reached := goodput.reached_limit(self._run, self._plan, clock.now()):
@@ -257,13 +248,7 @@ class Driver:
     def _fit(
         self, plan: LaunchPlan, left_out: Collection[Mapping[str, Any]], deadline: float
     ) -> tuple[list[str], Exception | None]:
-        """Let Ray Train run the attempt to its end; returns the ids of the nodes that Ray takes away, and Ray Train's error.
-
-        Nodes have to be placed by `deadline`, a time.monotonic() time.
-
-        Raises:
-            RunEnded: if the run is cancelled while it waits for nodes, or if Ray has ended on this node.
-        """
+        """Let Ray Train run the attempt to its end; returns the ids of the nodes that Ray takes away, and Ray Train's error."""
         run, section, number = self._run, self._section, self.number
         place_s = max(1.0, deadline - time.monotonic())
         # Ray Train reads it here.
@@ -322,11 +307,7 @@ class Driver:
             request.touch()
 
     def _conclude(self, is_preempted: bool, failed: list[NodeFailed], error: Exception | None) -> str:
-        """Judge the attempt, and record how it ended; returns the state of the run: pending if another attempt follows.
-
-        Raises:
-            Superseded: if another command has started the run again.
-        """
+        """Judge the attempt, and record how it ended; returns the state of the run: pending if another attempt follows."""
         run, number = self._run, self.number
         run_store.fence(run, number, refresh=True)
         attempt = run_store.read_attempt(run, number)

@@ -76,10 +76,7 @@ def answer_prompts(folder: str) -> int:
 
 
 def reserve_gpus(num_workers: int | None, wait_s: float, gpus_per_task: int = 1) -> PlacementGroup | None:
-    """Reserve the free GPUs for tasks, at most `num_workers` GPUs, or a CPU of each node if there are no GPUs.
-
-    Returns None if they are not free after `wait_s`: other work on the cluster may take them first.
-    """
+    """Reserve up to `num_workers` free GPUs, or a CPU of each node without GPUs; None if they are not free after `wait_s`."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 

@@ -61,11 +61,7 @@ class NodeUnfit(NodeFailed):
 
 
 def run_agent(config: dict[str, AttemptArguments]) -> list[str]:
-    """Run this node's agent to its end; returns the ids of the nodes that Ray is about to take away.
-
-    Raises:
-        NodeFailed: if the agent cannot start, or is killed. Ray Train then ends the workers of all nodes.
-    """
+    """Run this node's agent to its end; returns the ids of the nodes that Ray is about to take away."""
     from ray import train
     from ray.train import collective
 
@@ -111,11 +107,7 @@ def run_agent(config: dict[str, AttemptArguments]) -> list[str]:
 
 
 def _list_nodes(number: int) -> tuple[str, ...]:
-    """Return the names of the attempt's nodes, in the order of Ray Train's workers: one worker a node, in the order of bundles.
-
-    Raises:
-        RuntimeError: if Ray Train has another order.
-    """
+    """Return the names of the attempt's nodes, in the order of Ray Train's workers: one a node, in the order of bundles."""
     import ray
     from ray.util.placement_group import get_current_placement_group, placement_group_table
 
@@ -128,11 +120,7 @@ def _list_nodes(number: int) -> tuple[str, ...]:
 
 
 def _choose_meeting(nodes: tuple[str, ...], interface: str | None) -> dict[str, Any]:
-    """Choose where the agents of all nodes meet on this node, the first.
-
-    Raises:
-        NodeUnfit: if that is on the internet.
-    """
+    """Choose where the agents of all nodes meet on this node, the first."""
     import ray
 
     here = network.LOOPBACK

@@ -1,8 +1,6 @@
-"""The process that answers prompts with a run's checkpoints during training (eval.answers_every):
-`python -m launcher.worker.sidecars.answers_process PLAN ATTEMPT`.
+"""Answers prompts with a run's checkpoints during training: `python -m launcher.worker.sidecars.answers_process PLAN ATTEMPT`.
 
-The head node's agent starts it beside the ranks. After the order COMPLETE it answers the remaining checkpoints; at any other
-line, or EOF, it ends with everything that it started.
+After the order COMPLETE it answers the remaining checkpoints; at any other line, or EOF, it ends with all that it started.
 """
 
 from __future__ import annotations

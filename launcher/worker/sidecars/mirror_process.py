@@ -1,8 +1,6 @@
 """The process that copies checkpoints to the mirror: `python -m launcher.worker.sidecars.mirror_process PLAN ATTEMPT`.
 
-The head node's agent starts it beside the ranks. It uploads committed checkpoints until the order COMPLETE or EOF, and then
-completes the uploads; at the order END, it reports what the mirror lacks. If you run it by hand with `< /dev/null`, it uploads
-what the mirror lacks and exits.
+At the order COMPLETE or EOF it completes the uploads; at END, it reports what the mirror lacks. By hand, add `< /dev/null`.
 """
 
 from __future__ import annotations

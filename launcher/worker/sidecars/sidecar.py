@@ -118,10 +118,7 @@ def print_to_log(text: str) -> None:
 
 
 def checkpoints_state(folder: Path) -> list[tuple[str, str, int]]:
-    """Return a value that changes when a checkpoint comes or goes, or is evaluated after its save.
-
-    It is cheap enough for frequent calls on a network file system.
-    """
+    """Return a value that changes when a checkpoint comes or goes, or is evaluated later; cheap on a network file system."""
     files = []
     with suppress(OSError):
         for path in folder.glob("step-*"):

@@ -1,8 +1,6 @@
-"""What Slurm starts on each node. The agent of one node of a run's job: `python -m launcher.worker.slurm.agent PLAN ATTEMPT`.
+"""The agent of one node of a run's job: `python -m launcher.worker.slurm.agent PLAN ATTEMPT`, which Slurm starts on each node.
 
-It meets the agents of the other nodes, checks the node, runs its ranks and writes the node's record. The job concludes the
-attempt when all of its nodes have ended (launcher.worker.slurm.job).
-
+The job concludes the attempt when all of its nodes have ended (launcher.worker.slurm.job).
 `python -m launcher.worker.slurm.agent evaluate FOLDER GPUS` runs one node's processes of an evaluation.
 """
 
@@ -49,10 +47,7 @@ def main(plan_path: str, attempt: int) -> int:
 
 
 def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:
-    """Return when ranks that do not stop are killed, as a time.monotonic() time, or None if there is no time limit.
-
-    The job must conclude before Slurm ends it; otherwise nothing would run it again.
-    """
+    """Return when ranks that do not stop are killed, as a time.monotonic() time: the job must conclude before Slurm ends it."""
     if record.ends_at is None:
         return None
     margin_s = min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)

@@ -255,11 +255,7 @@ def _is_preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
 
 
 def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
-    """Return whether the job is running on nodes.
-
-    Raises:
-        RunError: if Slurm does not answer; the run's status is not changed because the other job may write it.
-    """
+    """Return whether the job is running on nodes. Without an answer, the status stays: the other job may write it."""
     try:
         known = queue.read_job(job, 0.0, plan.run_name, _seconds_left(until))
     except SlurmError as error:
