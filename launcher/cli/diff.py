@@ -39,8 +39,6 @@ _LAST = {
     "dollars per million tokens": "cost/usd_per_million_tokens",
 }
 _MAX_CHARS = 200
-# Smaller changes are not shown; numbers this small are shown with an exponent.
-_LEAST_CHANGE, _MOST = 0.0005, 1e12
 
 
 @dataclass(frozen=True)
@@ -179,13 +177,12 @@ def _list_sections(left: ComparedRun, right: ComparedRun, sections: Mapping[str,
     """Return a table for each section with differences."""
     if not sections:
         return [Section("", [Text(f"no differences between {left.name} and {right.name}")])]
-    names = left.name, right.name if right.name != left.name else f"{right.name} (the second)"
-    tables = []
+    names, tables = (left.name, right.name), []
     for section, differences in sections.items():
         rows = []
         for one in differences:
             change = one.relative_change if section == "results" else None
-            shown = "" if change is None else f"{change:+.1%}" if abs(change) >= _LEAST_CHANGE else "0.0%"
+            shown = "" if change is None else f"{change:+.1%}"
             rows.append((one.key, _format_value(one.left), _format_value(one.right), shown))
         if any(row[3] for row in rows):
             tables.append(Table((section, *names, "change"), rows, numbers=(3,)))
@@ -200,12 +197,8 @@ def _format_value(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if value.is_integer() and 1 <= abs(value) < _MOST:
-            return f"{value:,.0f}"
-        return f"{value:,.{1 if abs(value) >= 100 else 4}f}" if 0.001 <= abs(value) < _MOST else f"{value:g}"
+    if isinstance(value, int | float):
+        return f"{value:,.1f}".removesuffix(".0") if abs(value) >= 100 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_format_value, value))
     text = str(value).replace("\n", " ")

@@ -34,7 +34,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.runs import json_records, locks, run_store
 from launcher.runs.run_records import read_export
-from launcher.security import folders
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, short_path
@@ -65,8 +64,7 @@ _FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.0
 
 def evaluate_run(arguments: argparse.Namespace) -> int:
     """Evaluate a run and print the verdict; returns 3 if --min-gain does not hold."""
-    run_dir = run_store.find_run(arguments.run, arguments.root)
-    folders.require_run(run_dir.root)
+    run_dir = run_store.find_own_run(arguments.run, arguments.root)
     plan = run_store.load_plan(run_dir)
     config = _change_settings(plan.config, arguments.overrides, plan.run_name)
     if arguments.tasks is None and (arguments.task_folder is not None or arguments.limit is not None):

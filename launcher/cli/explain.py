@@ -16,7 +16,6 @@ from launcher.cli.worker_process import run_reporting
 from launcher.data.triage import FINDINGS, MISLABELED, write_exclusions
 from launcher.errors import EXIT_CHECK_FAILED, ConfigError, DataError, SubmitError
 from launcher.runs import run_store
-from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events, read_metrics
 
@@ -42,8 +41,7 @@ _ABOUT_TEXTS = (
 
 def explain_step(arguments: argparse.Namespace) -> int:
     """Show a step's rows, with their losses under the checkpoint before it, computed on this machine."""
-    run_dir = run_store.find_run(arguments.run, arguments.root)
-    folders.require_run(run_dir.root)
+    run_dir = run_store.find_own_run(arguments.run, arguments.root)
     trained = [line for line in read_metrics(run_dir.metrics, _METRICS) if "train/loss" in line]
     line = min(trained, key=lambda one: abs(one["trainer/step"] - arguments.step), default=None)
     if line is None or line["trainer/step"] != arguments.step:
@@ -127,8 +125,7 @@ def _shorten(answer: str) -> str:
 
 def rank_documents(arguments: argparse.Namespace) -> int:
     """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
-    run_dir = run_store.find_run(arguments.scored, arguments.root)
-    folders.require_run(run_dir.root)
+    run_dir = run_store.find_own_run(arguments.scored, arguments.root)
     page = None if arguments.html is None else html.require_writable_page(arguments.html)
     exclude = arguments.exclude
     if exclude is not None and (exclude.exists() or not exclude.absolute().parent.is_dir()):
@@ -226,8 +223,7 @@ def _make_cells(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def compare_prompts(arguments: argparse.Namespace) -> int:
     """Compare prompts with the training prompts; returns 3 if they have drifted."""
-    run_dir = run_store.find_run(arguments.run, arguments.root)
-    folders.require_run(run_dir.root)
+    run_dir = run_store.find_own_run(arguments.run, arguments.root)
     if not Path(arguments.prompts).is_file():
         raise DataError(
             "there is no such file", where=arguments.prompts, remedy="name a file of prompts: JSON Lines, or one JSON array"

@@ -29,8 +29,7 @@ _BYTES_OF_DTYPE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 def export_run(arguments: argparse.Namespace) -> int:
     """Export a checkpoint; returns the exit code of the process that writes it."""
-    run_dir = run_store.find_run(arguments.run, arguments.root)
-    folders.require_run(run_dir.root)
+    run_dir = run_store.find_own_run(arguments.run, arguments.root)
     plan = run_store.load_plan(run_dir)
     if (repo_id := arguments.push) is not None:
         # A push that cannot succeed is refused before the export.

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, run_records, run_store
 from launcher.runs.run_records import RUNNING_STATES, Status
-from launcher.security import folders
 from launcher.security.redaction import as_plain_lines, raw
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_step
 from launcher.tracking.progress import EVENT as PROGRESS
+from launcher.tracking.progress import Say
 from launcher.tracking.run_metrics import has_trained
 
 _POLL_S, _LOG_POLL_S = 0.15, 0.3
@@ -95,7 +96,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
     events, metrics = Tail(run.events), Tail(run.metrics)
     # Ranks write absolute paths.
     folder = run.root.absolute()
-    with _open_screen() as screen, Interrupts() as own:
+    with _open_screen() as (say, show_live), Interrupts() as own:
         collected = interrupts or own
         collected.defer()
         num_handled, watch, shown = 0, StatusWatch(run, cluster), ""
@@ -108,7 +109,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
                     # Such as its place in a scheduler's queue.
                     start = f"pending: {printable(status.message)}"
                 if start != shown:
-                    screen.live(start)
+                    show_live(start)
                     shown = start
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
                 if line["attempt"] < attempt:
@@ -116,11 +117,11 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
                 if "kind" in line:
                     text = printable(line["text"]).replace(f"{folder}/", f"{short_path(folder)}/")
                     if line["kind"] == PROGRESS:
-                        screen.live(text)
+                        show_live(text)
                     elif line["kind"] not in _HIDDEN_EVENTS and not line.get("fields", {}).get("is_closing"):
-                        screen.say(text)
+                        say(text)
                 elif "train/loss" in line:
-                    screen.live(format_step(line, status.max_steps))
+                    show_live(format_step(line, status.max_steps))
             if status.state not in RUNNING_STATES:
                 break
             if len(collected.received) > num_handled:
@@ -131,51 +132,32 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
                     # The run has just ended.
                     pass
                 except RunError as error:
-                    screen.say(f"the stop request failed: {error.problems[0].message}; try again")
+                    say(f"the stop request failed: {error.problems[0].message}; try again")
                 else:
                     saving = "saving, then stopping; Ctrl-C again kills the run without saving"
-                    screen.say(saving if num_handled == 1 else "killing the run")
+                    say(saving if num_handled == 1 else "killing the run")
             time.sleep(_POLL_S)
     cluster.await_end(run)
     return _print_result(run, attempt, status)
 
 
-class _Screen:
-    """Output without a terminal: every live line is printed as a line."""
-
-    def say(self, line: str) -> None:
-        print(line, flush=True)
-
-    def live(self, line: str) -> None:
-        self.say(line)
-
-
-class _Terminal(_Screen):
-    """Output on a terminal: one live line at the bottom, messages above it."""
-
-    def __init__(self, live: Any) -> None:
-        self._live = live
-
-    def say(self, line: str) -> None:
-        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def live(self, line: str) -> None:
-        from rich.text import Text
-
-        self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
-
-
 @contextmanager
-def _open_screen() -> Iterator[_Screen]:
+def _open_screen() -> Iterator[tuple[Say, Say]]:
+    """Yield functions that print a line and that show a live line at the bottom; without a terminal, both print."""
     if not sys.stdout.isatty():
-        yield _Screen()
+        say = partial(print, flush=True)
+        yield say, say
         return
     from rich.console import Console
     from rich.live import Live
+    from rich.text import Text
 
     console = Console(file=raw(sys.stdout))
     with Live("", console=console, refresh_per_second=8, transient=False) as live:
-        yield _Terminal(live)
+        yield (
+            partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            lambda line: live.update(Text(line, overflow="ellipsis", no_wrap=True)),
+        )
 
 
 def _print_result(run: RunDir, attempt: int, status: Status) -> int:
@@ -366,8 +348,7 @@ def _describe_end(run: RunDir, attempt: int, status: Status) -> str:
 
 def cancel_run(arguments: argparse.Namespace) -> int:
     """Ask a run to save and stop."""
-    run = run_store.find_run(arguments.run, arguments.root)
-    folders.require_run(run.root)
+    run = run_store.find_own_run(arguments.run, arguments.root)
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     request = "requested: save and stop" if arguments.save else "requested: stop without saving"
     print(f"{request}; watch it with: {launcher_command('status', short_path(run.root))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import os
@@ -103,7 +104,9 @@ def _report(kind: str, problems: Sequence[Problem], exit_code: int, as_json: boo
 
 
 def _run_command(tokens: list[str]) -> int:
-    tokens, owners = _split_off_trusted_owners(tokens)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(_TRUST_OWNER, dest="owners", action="append")
+    known, tokens = parser.parse_known_args(tokens)
     if tokens[:1] in (["--help"], ["-h"]):
         return _print(overall_help())
     if "--version" in tokens or tokens == ["-V"]:
@@ -117,10 +120,10 @@ def _run_command(tokens: list[str]) -> int:
     # A deleted working directory is reported by what needs it.
     with suppress(FileNotFoundError):
         _make_paths_absolute()
-    if owners:
+    if known.owners:
         from launcher.security.folders import add_to_environ
 
-        add_to_environ(owners)
+        add_to_environ(known.owners)
     if name == "help" and words[:1] and words[0] in VERBS:
         name, words = words[0], ["--help"]
     if name == "help":
@@ -131,19 +134,6 @@ def _run_command(tokens: list[str]) -> int:
     if {"--help", "-h"} & {*words} or (verb.takes_settings and words == ["help"]):
         return _print(verb.help())
     return verb.execute(words)
-
-
-def _split_off_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split off --trust-owner NAME and --trust-owner=NAME, which every verb accepts; returns the other words and the names."""
-    rest, owners = [], []
-    words = iter(tokens)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == _TRUST_OWNER:
-            owners.append(value if equals else next(words, ""))
-        else:
-            rest.append(word)
-    return rest, owners
 
 
 def _make_paths_absolute() -> None:

@@ -128,7 +128,7 @@ def _list_row(run: RunDir, status: Status) -> tuple[str, ...]:
     if placed.price is not None:
         run_store.adopt_clock(run)
         spent = _read_goodput(run, status, only_cost=True)
-    step, loss, cost = newest_trained_step(run, status), tail.last.get("train/loss"), _sum_cost(tail, spent, placed, None) or {}
+    step, loss, cost = newest_trained_step(run, status), tail.last.get("train/loss"), _sum_cost(spent, placed, None) or {}
     return (
         run.root.name,
         status.state,
@@ -281,7 +281,7 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         "export": str(run.export) if run.export.is_dir() else None,
         "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
         "device": placed.device,
-        "cost": _sum_cost(tail, spent, placed, rest.usd),
+        "cost": _sum_cost(spent, placed, rest.usd),
         "goodput": _list_goodput(spent),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": wandb_page(events),
@@ -321,16 +321,13 @@ def _estimate_remaining(
     placed: Placement,
 ) -> _Remaining:
     """Return the remainder of an active run: from its last step, or from median step times if it will train from `start_step`."""
-    logged_usd = None if tail.spent is None else tail.spent.usd
-    usd = spent.usd if spent is not None and spent.gpu_s else logged_usd
+    usd = None if spent is None else spent.usd
     if start_step is None:
         left_s = tail.last.get("trainer/eta_s", math.nan)
-        # The last line's estimate still includes steps that have been paid for since then.
-        from_usd = usd if usd is None or logged_usd is None else min(usd, logged_usd)
         is_silent = age_s is not None and age_s > max(_SILENT_S, _SILENT_STEPS * (step_s if step_s > 0 else 0.0))
     else:
         left_s = max(0, status.max_steps - start_step) * step_s if status.max_steps else math.nan
-        from_usd, is_silent = usd, False
+        is_silent = False
     if is_silent or not math.isfinite(left_s):
         return _Remaining()
     # Seconds with machines until each limit is reached.
@@ -343,12 +340,10 @@ def _estimate_remaining(
         limits.append(((placed.max_usd - usd) / usd_per_s, f"run.max_usd={placed.max_usd:g}"))
     until_s, limit = min(limits, default=(math.inf, None))
     if until_s < left_s:
-        left_s, from_usd = max(0.0, until_s), usd
+        left_s = max(0.0, until_s)
     else:
         limit = None
-    at_end = None
-    if usd is not None and from_usd is not None and usd_per_s is not None:
-        at_end = max(usd, from_usd + usd_per_s * left_s)
+    at_end = None if usd is None or usd_per_s is None else usd + usd_per_s * left_s
     return _Remaining(left_s, at_end, limit)
 
 
@@ -360,22 +355,12 @@ def _list_goodput(spent: Breakdown | None) -> dict[str, float] | None:
     return {"fraction": spent.goodput, "wall_s": spent.wall_s, "kept_s": spent.kept_s, **lost, "lost_steps": spent.lost_steps}
 
 
-def _sum_cost(tail: MetricsTail, spent: Breakdown | None, placed: Placement, expected_usd: float | None) -> dict[str, Any] | None:
-    """Return GPU hours and US dollars so far, plus estimated dollars at the end if possible; None if nothing is counted.
-
-    Without the attempts' files, the last metrics line with a cost counts.
-    """
-    counted = tail.spent
-    typical = placed.price is not None and placed.price.assumption is not None
-    if spent is not None and spent.gpu_s:
-        if placed.device == "cpu" and placed.price is None:
-            return None
-        hours, usd, typical = spent.gpu_s / 3600, spent.usd, spent.assumed_usd > 0
-    elif counted is not None:
-        hours, usd = counted.gpu_hours, counted.usd
-    else:
+def _sum_cost(spent: Breakdown | None, placed: Placement, expected_usd: float | None) -> dict[str, Any] | None:
+    """Return GPU hours and US dollars so far, plus estimated dollars at the end if possible; None if nothing is counted."""
+    if spent is None or not spent.gpu_s or (placed.device == "cpu" and placed.price is None):
         return None
-    return {"gpu_hours": hours, "usd": usd, "expected_usd": expected_usd, "at_typical_price": typical}
+    typical = spent.assumed_usd > 0
+    return {"gpu_hours": spent.gpu_s / 3600, "usd": spent.usd, "expected_usd": expected_usd, "at_typical_price": typical}
 
 
 def require_ended(run: RunDir) -> None:

@@ -12,7 +12,6 @@ changed: weights, prompts, engine, types, lengths.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -245,14 +244,8 @@ class AnswerStore:
     def append(self, writer: str, answers: Sequence[StoredAnswer]) -> None:
         """Append answers durably to the file of the process `writer`."""
         self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._partial / f"{writer}.jsonl"
         content = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers).encode()
-        if path.is_file() and (before := path.read_bytes()) and not before.endswith(b"\n"):
-            content = b"\n" + content
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_files.append_lines(self._partial / f"{writer}.jsonl", content, mode=0o600)
 
     def complete(self) -> list[StoredAnswer]:
         """Write all answers into one file and remove the parts; return the answers in the order of the prompts."""

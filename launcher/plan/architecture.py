@@ -96,8 +96,6 @@ _OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size", *SIZE_KEYS)
 _MAX_LAYERS, _MAX_SIZE, _MAX_DIGITS = 10_000, 1 << 31, 30
 # A RoPE factor above this is no scaling of positions.
 _MAX_ROPE_FACTOR = 1e6
-# Keys that transformers maps to the first names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
-_OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
 # Architectures whose embeddings are tied unless config.json says otherwise.
 _TIED = ("gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe")
 _QKV_BIAS = ("qwen2", "qwen2_moe", "seed_oss")
@@ -114,12 +112,7 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     config, where = _flatten_config(config), path or "model.config"
     if missing := [key for key in _NEEDED if not isinstance(config.get(key), int)]:
         message = f"the model's config.json lacks {', '.join(missing)}"
-        remedy = "choose a decoder-only language model with attention layers, which mamba and rwkv do not have"
-        if own := [key for key in _OTHER_NAMES if isinstance(config.get(key), int)]:
-            message = (
-                f"the launcher cannot read configs that call the model's sizes {', '.join(own)}, as GPT-2 and related models do"
-            )
-            remedy = f"choose a model whose config.json has {', '.join(_NEEDED)}, as the presets do (docs/presets.md)"
+        remedy = f"choose a decoder-only language model whose config.json has {', '.join(_NEEDED)}, as presets do"
         raise ConfigError(message, where=where, value=f"model_type {config.get('model_type')}", remedy=remedy)
     for key in (*_NEEDED, *_OPTIONAL):
         value, least, most = config.get(key), int(key in _NEEDED), _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE

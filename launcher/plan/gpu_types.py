@@ -131,7 +131,6 @@ GPUS = {
     "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=6, usd_per_hour=2.15, names=r"\bmi325x"),
 }
 
-_STATED_GB = re.compile(r"(?<![a-zA-Z0-9])(\d{1,5}) ?G(?:i?B)?\b", re.IGNORECASE)
 # GPU partitions, and slower GPUs whose names contain the name of a faster one.
 _UNKNOWN_VARIANTS = re.compile(r"\bmig\b|\blaptop\b|\bmax q\b|\b4090 ?d\b|\b5090 ?d\b|\ba100x\b|\b144g")
 
@@ -144,12 +143,6 @@ def recognize(name: str) -> str | None:
     if _UNKNOWN_VARIANTS.search(spaced):
         return None
     return next((key for key, gpu_type in GPUS.items() if re.search(gpu_type.names, spaced)), None)
-
-
-def names_other_memory(name: str) -> bool:
-    """Return whether a name states a memory that differs from that of the type that it is recognized as, such as H100-800GB."""
-    gpu_type, stated = lookup(name), _STATED_GB.search(name)
-    return gpu_type is not None and stated is not None and not 0.75 < int(stated[1]) / gpu_type.memory_gib < 1.25
 
 
 def lookup(name: str) -> GpuType | None:

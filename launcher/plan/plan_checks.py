@@ -9,7 +9,7 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.errors import Problem, did_you_mean
 from launcher.plan.architecture import context_tokens
 from launcher.plan.checkpoints import warn_of_short_saves
-from launcher.plan.gpu_types import GPUS, lookup, names_other_memory
+from launcher.plan.gpu_types import GPUS, lookup
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, LaunchPlan, ModelFacts, Topology
 from launcher.plan.objectives import OBJECTIVES
 from launcher.plan.optimizers import OPTIMIZERS
@@ -25,7 +25,7 @@ _MAX_LR = 1.0
 def find_topology_refusals(config: RunConfig, device: DeviceFacts, topology: Topology) -> Iterator[Problem]:
     """Yield problems of settings that these nodes and ranks cannot satisfy; `device` is that of one of the nodes."""
     gpu_type = config.cluster.gpu_type
-    if gpu_type is not None and (lookup(gpu_type) is None or names_other_memory(gpu_type)):
+    if gpu_type is not None and lookup(gpu_type) is None:
         guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
         yield Problem(
             f"cluster.gpu_type={gpu_type} is not in the table of GPU types",

@@ -77,6 +77,27 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
     fsync_path(path.parent)
 
 
+def append_lines(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Append lines with a single write, so that lines of several writers never mix, and make them durable.
+
+    Raises:
+        OSError: if that fails; a torn line may be left, which readers skip.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            # Whatever follows a torn line would be lost with it.
+            content = b"\n" + content
+        if os.write(descriptor, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if not size:
+        fsync_path(path.parent)
+
+
 def read_short_text(path: Path, max_bytes: int) -> str:
     """Return the beginning of a small file that other users may have put there; reading a pipe or a device might never end.
 

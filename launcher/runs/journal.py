@@ -10,9 +10,7 @@ restart would repeat; an agent writes one line when its ranks have ended.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -228,27 +226,11 @@ def fold(events: Iterable[Event]) -> AttemptState:
 
 
 def append(run: RunDir, attempt: int, event: Event) -> None:
-    """Append an event to its writer's file with a single write, and make it durable.
-
-    Raises:
-        OSError: if that fails; a torn line may be left, which readers skip.
-    """
+    """Append an event to its writer's file; see `atomic_files.append_lines`."""
     path = run.journal(attempt) / f"{event.writer}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    line = f"{json.dumps({'kind': type(event).__name__, **json_records.encode(event)})}\n".encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            # Whatever follows a torn line would be lost with it.
-            line = b"\n" + line
-        if os.write(descriptor, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if not size:
-        atomic_files.fsync_path(path.parent)
+    line = json.dumps({"kind": type(event).__name__, **json_records.encode(event)})
+    atomic_files.append_lines(path, f"{line}\n".encode())
 
 
 def read(run: RunDir, attempt: int, writers: str = "*") -> list[Event]:

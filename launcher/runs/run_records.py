@@ -6,7 +6,6 @@ Times are seconds since the epoch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launcher.errors import DamagedRun, RunError, UnreadableRun
@@ -98,14 +97,10 @@ class ExportRecord:
     tensors_compared: int = 0
 
 
-def export_file(run: RunDir) -> Path:
-    return run.export / EXPORT_RECORD
-
-
 def read_export(run: RunDir) -> ExportRecord | None:
     """Return the record of the run's export, or None if there is no export or no record in it."""
     try:
-        return json_records.read_if_present(ExportRecord, export_file(run))
+        return json_records.read_if_present(ExportRecord, run.export / EXPORT_RECORD)
     except RunError:
         return None
 

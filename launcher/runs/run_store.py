@@ -413,6 +413,13 @@ def find_run(name: str, root: Path, markers: Sequence[str] = ("plan.json",)) -> 
     raise SubmitError(f"there is no run named {name}", where=str(root), remedy=f"{remedy}; --root names another folder of runs")
 
 
+def find_own_run(name: str, root: Path) -> RunDir:
+    """Find a run as `find_run` does, and refuse one that other users could change or replace."""
+    run = find_run(name, root)
+    folders.require_run(run.root)
+    return run
+
+
 def list_runs(root: Path) -> Iterator[RunDir]:
     """Yield the runs under `root`, the most recent first."""
     planned_at: dict[Path, float] = {}

@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher import clock
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files
 
 # A line of metrics.jsonl or events.jsonl.
 Line = dict[str, Any]
@@ -197,15 +198,8 @@ def read_events(path: str | Path, field: str = "") -> list[Line]:
 
 
 def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-    """Append an event from a process other than the training process, in one write, so that lines never mix."""
-    descriptor = os.open(run.events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        # A full disk leaves a torn line; readers skip it and everything appended to it.
-        is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, ("\n" * is_torn + _event_line(attempt, kind, text, step, fields)).encode())
-    finally:
-        os.close(descriptor)
+    """Append an event from a process other than the training process; see `atomic_files.append_lines`."""
+    atomic_files.append_lines(run.events, _event_line(attempt, kind, text, step, fields).encode())
 
 
 def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Mapping[str, Any]) -> str:

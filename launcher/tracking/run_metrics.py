@@ -34,15 +34,6 @@ _MIN_RISE_FRAC = 0.01
 
 
 @dataclass(frozen=True)
-class CostSoFar:
-    """GPU hours, and US dollars if there is a price, of the whole run up to `at` (seconds since the epoch)."""
-
-    gpu_hours: float
-    usd: float | None
-    at: float
-
-
-@dataclass(frozen=True)
 class MetricsTail:
     """`recent` are the last training steps of one attempt, newest first; `losses` are sampled from the whole run."""
 
@@ -50,7 +41,6 @@ class MetricsTail:
     losses: tuple[float, ...]
     eval_loss: float | None
     eval_step: int | None
-    spent: CostSoFar | None
 
     @property
     def last(self) -> Line:
@@ -76,8 +66,6 @@ def read_tail(
                 return bool(line["trainer/step"] <= min(later, default=math.inf))
 
             evaluated = next(filter(counts, _iter_backwards(data, b'"eval/held_out/loss"')), {})
-            costs = _iter_backwards(data, b'"cost/gpu_hours"')
-            spent = next((CostSoFar(line["cost/gpu_hours"], line.get("cost/usd"), line["time"]) for line in costs), None)
             # The training steps that follow evenly spaced offsets.
             offsets = {data.find(_TRAINED, len(data) * i // num_points) for i in range(num_points)} - {-1}
             starts = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets})
@@ -87,10 +75,9 @@ def read_tail(
                 tuple(line["train/loss"] for line in sampled if counts(line)),
                 evaluated.get("eval/held_out/loss"),
                 evaluated.get("trainer/step"),
-                spent,
             )
     except (FileNotFoundError, ValueError):
-        return MetricsTail((), (), None, None, None)
+        return MetricsTail((), (), None, None)
 
 
 def newest_trained_step(run: RunDir, status: Status) -> int:

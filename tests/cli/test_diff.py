@@ -68,7 +68,7 @@ def test_the_tables_name_runs_values_and_changes(run: RunDir, other: RunDir, ask
     assert code == 0
     lines = {line.split("  ")[0]: line.split() for line in out.splitlines() if line}
     assert lines["settings"] == ["settings", "demo", "other"]
-    assert lines["optim.lr"][1:] == ["1e-05", "0.0010"]
+    assert lines["optim.lr"][1:] == ["1e-05", "0.001"]
     assert lines["results"] == ["results", "demo", "other", "change"]
     assert lines["tokens per second"][3:] == ["1,234.5", "2,469", "+100.0%"]
     assert "data.num_rows" in lines

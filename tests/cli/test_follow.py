@@ -105,7 +105,7 @@ def test_follow_names_the_agent_log_if_no_rank_failed_first(run: RunDir, capsys:
 
 def write_export(run: RunDir, step: int) -> None:
     run.export.mkdir()
-    json_records.write(run_records.export_file(run), ExportRecord(step, "d", "bf16"))
+    json_records.write(run.export / run_records.EXPORT_RECORD, ExportRecord(step, "d", "bf16"))
 
 
 def test_an_export_of_an_earlier_step_is_shown_with_its_step(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def test_a_run_is_complete_with_its_export(run: RunDir, state: str, exported: in
     plan = plan.model_copy(update={"batch": plan.batch.model_copy(update={"max_steps": 10})})
     if exported is not None:
         run.export.mkdir()
-        json_records.write(run_records.export_file(run), ExportRecord(exported, "d", "bf16"))
+        json_records.write(run.export / run_records.EXPORT_RECORD, ExportRecord(exported, "d", "bf16"))
     with pytest.raises(SubmitError, match="the run is complete") if is_complete else nullcontext():
         _require_steps_left(run, plan, store.get_latest(run.checkpoints))
 

@@ -299,7 +299,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
     (problem,) = error.value.problems
     assert problem.message == "the model's config.json lacks num_hidden_layers, num_attention_heads, vocab_size"
     assert problem.where == "/models/x"
-    assert problem.remedy.startswith("choose a decoder-only language model with attention layers")
+    assert problem.remedy.startswith("choose a decoder-only language model whose config.json has hidden_size")
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,6 @@ def test_an_unknown_gpu_type_is_refused(plan_of: PlanOf) -> None:
     assert "choose one of A100-40GB" in problem.remedy
     (problem,) = problems(plan_of, "cluster.gpu_type=MI300", "cluster.ranks_per_node=8")
     assert problem.remedy.startswith("did you mean MI300X?")
-    (problem,) = problems(plan_of, "cluster.gpu_type=H100-800GB", "cluster.ranks_per_node=8")
-    assert problem.remedy.startswith("did you mean H100-80GB?")
 
 
 def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: PlanOf) -> None:

@@ -14,7 +14,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, PHASE, AttemptTimes
 from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, Tail, append_event, read_events, read_metrics
-from launcher.tracking.run_metrics import CostSoFar, MetricsTail, read_general_loss, read_overfitting, read_tail, read_time_lines
+from launcher.tracking.run_metrics import MetricsTail, read_general_loss, read_overfitting, read_tail, read_time_lines
 
 
 def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
@@ -161,7 +161,7 @@ def test_an_event_after_a_line_that_a_full_disk_tore_is_read(run_dir: Path) -> N
 
 
 def test_a_run_without_metrics_has_an_empty_tail(tmp_path: Path) -> None:
-    nothing = MetricsTail((), (), None, None, None)
+    nothing = MetricsTail((), (), None, None)
     assert read_tail(tmp_path / "metrics.jsonl") == nothing
     (tmp_path / "metrics.jsonl").touch()
     assert read_tail(tmp_path / "metrics.jsonl") == nothing
@@ -178,7 +178,6 @@ def test_the_tail_has_the_newest_step_and_evaluation(tmp_path: Path) -> None:
     seen = read_tail(tmp_path / "metrics.jsonl")
     assert (seen.last["trainer/step"], seen.last["train/loss"], seen.eval_loss) == (7, 1.0, 1.5)
     assert seen.losses == (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
-    assert seen.spent is None
     assert [line["trainer/step"] for line in seen.recent] == [7, 6, 5, 4, 3, 2, 1]
     JsonlTracker(RunDir(tmp_path), attempt=2).log(6, {"train/loss": 2.0})
     assert [line["trainer/step"] for line in read_tail(tmp_path / "metrics.jsonl").recent] == [6], (
@@ -206,14 +205,6 @@ def test_losses_are_sampled_from_the_whole_run(tmp_path: Path) -> None:
     assert losses[0] == 1.0
     assert list(losses) == sorted(losses)
     assert losses[-1] > 2000 * (1 - 2 / num_points)
-
-
-def test_the_cost_is_that_of_the_last_line_with_a_cost(tmp_path: Path) -> None:
-    log = JsonlTracker(RunDir(tmp_path), attempt=3)
-    log.log(1, {"train/loss": 3.0, "cost/gpu_hours": 1.0, "cost/usd": 2.0})
-    log.log(2, {"train/loss": 3.0, "cost/gpu_hours": 3.5, "cost/usd": 7.0})
-    log.log(2, {"eval/held_out/loss": 3.0})
-    assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(gpu_hours=3.5, usd=7.0, at=pytest.approx(time.time(), abs=60))
 
 
 def test_the_time_lines_give_the_same_breakdown_as_all_lines(tmp_path: Path) -> None:
