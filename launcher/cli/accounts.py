@@ -17,11 +17,7 @@ _TOKEN_PAGE = "https://huggingface.co/settings/tokens"  # noqa: S105
 
 
 def check_wandb(config: RunConfig) -> str | None:
-    """Return a note if the ranks of a run that W&B tracks may lack this shell's login, or None.
-
-    Raises:
-        ConfigError: in mode online, if there is no login.
-    """
+    """Return a note if the ranks of a run that W&B tracks may lack this shell's login, or None."""
     tracking, cluster, login = config.tracking, config.cluster, _find_wandb_login()
     if not _is_tracked(config):
         return None

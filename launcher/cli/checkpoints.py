@@ -221,10 +221,7 @@ def _build_table(rows: Sequence[CheckpointRow]) -> Table:
 
 
 def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:
-    """Read checkpoints from end to end and compare them with their digests; shows progress.
-
-    Returns, keyed by path, DamagedCheckpoint, UnreadableCheckpoint, or None for an intact checkpoint.
-    """
+    """Read checkpoints from end to end and compare them with their digests; returns None for the path of an intact one."""
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     verified: dict[Path, CheckpointError | None] = {}
     with show_progress() as make_progress:

@@ -1,7 +1,4 @@
-"""The verb `doctor`: check whether this machine, or a cluster's nodes, have what a run needs; starts no run.
-
-A node's checks run in a worker-side process: here, or on each node of a short allocation.
-"""
+"""The verb `doctor`: check whether this machine, or a cluster's nodes, have what a run needs; starts no run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The verb `drill`: start a short run, inject a fault, and report whether the run saved and continued, and what it lost.
-
-The drill submits a run as `train` does and reads its files as `status` does. It changes the run only through the injected fault
-and through commands that a user has.
-"""
+"""The verb `drill`: start a short run, inject a fault, and report whether the run saved and continued, and what it lost."""
 
 from __future__ import annotations
 

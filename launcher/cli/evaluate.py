@@ -1,8 +1,4 @@
-"""The verb `evaluate`: compare the tuned model with a well-prompted base model; collects answers, scores and the verdict.
-
-Questions and weights are prepared here on the CPU; answers come from worker-side processes, here or on a cluster's nodes. The
-page of a run shows its verdicts too.
-"""
+"""The verb `evaluate`: compare the tuned model with a well-prompted base model; collects answers, scores and the verdict."""
 
 from __future__ import annotations
 

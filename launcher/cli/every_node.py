@@ -1,7 +1,4 @@
-"""The verbs train and resume on a backend whose machines all run the same command: node 0 starts the run, the others join.
-
-On each machine, the command runs as long as the attempt; it ends with the same exit code everywhere.
-"""
+"""The verbs train and resume on a backend whose machines all run the same command: node 0 starts the run, the others join."""
 
 from __future__ import annotations
 

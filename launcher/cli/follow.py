@@ -60,10 +60,7 @@ class StatusWatch:
 
 
 class Interrupts:
-    """Ctrl-C ends the command until `defer` is called. After that, INT and TERM are collected in `received`.
-
-    A third signal ends the command.
-    """
+    """Ctrl-C ends the command until `defer` is called; then INT and TERM are collected in `received`, and a third one ends it."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -89,10 +86,7 @@ class Interrupts:
 
 
 def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts | None = None) -> int:
-    """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it.
-
-    `interrupts` holds the interrupts since the run was started.
-    """
+    """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it."""
     events, metrics = Tail(run.events), Tail(run.metrics)
     # Ranks write absolute paths.
     folder = run.root.absolute()
@@ -239,10 +233,7 @@ def interrupted_start(run: RunDir) -> int:
 
 
 def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the run's `url` in W&B and the `sync_command` that uploads an offline run, from the last event that has them.
-
-    Either may be None or empty; both are missing before the W&B run has started.
-    """
+    """Return the run's `url` in W&B and the `sync_command` of an offline run, from the last event that has them."""
     page: dict[str, Any] = {}
     for fields in (event["fields"] for event in events):
         # Hub upload events also have a url, but no sync_command.

@@ -42,14 +42,7 @@ _ORIGIN = "command line"
 
 
 def download_run(url: str, root: Path, step: int | None) -> RunDir:
-    """Download the run at `url` to a run directory under `root`, with its newest complete checkpoint or the one at `step`.
-
-    Raises:
-        SubmitError: if `url` is not the address of a mirror, there is no such run, or its directory already exists or could be
-        changed by other users.
-        CheckpointError: if no checkpoint is complete and intact.
-        ConfigError, DataError: if its data is missing on this machine, or differs.
-    """
+    """Download the run at `url` to a run directory under `root`, with its newest complete checkpoint or the one at `step`."""
     _require_address(url)
     remote = RemoteFolder(url, origin=_ORIGIN)
     with convert_storage_errors(remote, "read"):

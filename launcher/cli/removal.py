@@ -173,11 +173,7 @@ def _remove_run(run: RunDir) -> Iterator[str]:
 
 @dataclass
 class CacheEntry:
-    """A part of the cache that is removed as a whole.
-
-    `lock` is the file that a process holds while it builds the entry. `runs` are the directories of the runs that use it. `kept`
-    is why it is not removed, or empty.
-    """
+    """A part of the cache that is removed as a whole; `lock` is held while it is built, `kept` is why it stays, or empty."""
 
     kind: str
     path: str
@@ -370,10 +366,7 @@ def _is_confirmed(arguments: argparse.Namespace, question: str) -> bool:
 
 
 def _remove_path(path: Path) -> list[str]:
-    """Remove a file, a link or a folder without following links; a folder is renamed first.
-
-    Returns the paths that could not be removed, with the reasons.
-    """
+    """Remove a file, a link or a folder without following links; returns what could not be removed, with the reasons."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return []

@@ -1,7 +1,4 @@
-"""Another attempt of a run: choose the checkpoint, plan again, reject a run that cannot continue, and start the attempt.
-
-The new plan keeps the run's model and data; changed settings are compared with those of the checkpoint.
-"""
+"""Another attempt of a run: choose the checkpoint, plan again, reject a run that cannot continue, and start the attempt."""
 
 from __future__ import annotations
 
@@ -70,10 +67,6 @@ def resume_run(
     A run that has trained no step, for example because it was cancelled in the queue, begins with its initial weights. An
     `automatic` attempt counts toward the retry budgets with the attempts before it, and starts over if no checkpoint was ever
     committed.
-
-    Raises:
-        ConfigError: if settings or data differ from those of the checkpoint and `force` is false.
-        SubmitError: if the run is running, is complete, has reached a limit, or has no such checkpoint.
     """
     require_idle(run, cluster)
     # Settings are judged before the checkpoint is verified, which takes minutes for a large model.
@@ -230,10 +223,7 @@ def _resume_command(run: RunDir) -> str:
 def _plan_again(
     plan: LaunchPlan, run: RunDir, checkpoint: Checkpoint | None, overrides: list[str], cluster: Cluster, force: bool
 ) -> LaunchPlan:
-    """Plan the run with changed settings and the current path of its directory; model, data and identity stay the same.
-
-    Without a checkpoint, every setting may change except those that identify the run and its model.
-    """
+    """Plan the run with changed settings and its directory's current path; without a checkpoint, more settings may change."""
     config = with_overrides(plan.config, overrides, plan.run_name)
     check_extra(config)
     saved_plan = (_find_saved_plan(run, checkpoint, force) if checkpoint is not None else None) or plan
@@ -294,10 +284,7 @@ def _list_accepted(saved_plan: LaunchPlan, plan: LaunchPlan) -> list[Difference]
 
 
 def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int) -> str | None:
-    """Describe which rows a changed batch size or other data skip or repeat; None if the rows continue without a gap.
-
-    A step's rows depend only on its number, the global batch size and the data.
-    """
+    """Describe which rows a changed batch size or other data skip or repeat; None if the rows continue without a gap."""
     num_trained, next_row = (step * plan.batch.global_batch_size for plan in (saved_plan, next_plan))
     if next_plan.data is not None and _compare_data(saved_plan.data, next_plan.data):
         begins = next_row % max(1, next_plan.data.num_rows)

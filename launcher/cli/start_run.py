@@ -112,11 +112,7 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]]) -> bool
 
 
 def start_run(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
-    """Create the run directory of a plan and submit the first attempt; returns the directory and the attempt's number.
-
-    Raises:
-        SubmitError: if the directory exists already, or the backend refuses the run.
-    """
+    """Create the run directory of a plan and submit the first attempt; returns the directory and the attempt's number."""
     _require_new(RunDir(Path(plan.run_dir)))
     run_dir = run_store.create(plan)
     with run_store.start_lock(run_dir):

@@ -1,7 +1,4 @@
-"""The verbs status and ls: the state, remaining time and cost of runs, from their files and backends.
-
-Commands that start a run again, change it or remove it ask here whether it is alive.
-"""
+"""The verbs status and ls: the state, remaining time and cost of runs, from their files and backends."""
 
 from __future__ import annotations
 
@@ -225,11 +222,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def summarize(run: RunDir, status: Status) -> dict[str, Any]:
-    """Return the state, the metrics of the last training step, and values derived from both.
-
-    `attempt` is the newest attempt, which may still be waiting for machines. `age_s` is the time since the last step was
-    reported.
-    """
+    """Return the state, the metrics of the last training step, and values derived from both."""
     run_store.adopt_clock(run)
     number = max(status.attempt, run_store.newest_attempt(run))
     resumed = _read_resumed_steps(run)

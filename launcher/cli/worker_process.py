@@ -27,10 +27,7 @@ _TERMINATION_S = 10.0
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
-    """Download and convert the model and build the data cache, in a process that may import torch.
-
-    Returns the process's answer; with `show`, it contains the data report with that many rows.
-    """
+    """Download and convert the model and build the data cache, in another process; with `show`, report that many rows."""
     return run_reporting(_PREPARE, config, *([f"--report={show}"] if show is not None else []))
 
 
@@ -80,7 +77,7 @@ def run_worker_module(module: str, config: RunConfig | None, *arguments: str, ti
 
 
 def run_reporting(module: str, config: RunConfig | None, *arguments: str) -> dict[str, Any]:
-    """Run a worker-side module that prints its answer or its problems."""
+    """Run a worker-side module that prints its answer or its problems, which become an error."""
     answer = run_worker_module(module, config, *arguments)
     raise_reported(answer)
     return answer

@@ -1,8 +1,7 @@
 """Answers a share of the prompts: `python -m launcher.evaluate.answers FOLDER RANK WORLD_SIZE NUM_GPUS`.
 
-NUM_GPUS is the number of GPUs assigned to this process; 0 means the CPU. A process chooses prompts with the others, answers its
-part, and waits for the rest if needed. Processes communicate only through the folder of the evaluation: each reads what all have
-written. They need no port and no collective.
+NUM_GPUS is the number of GPUs of this process; 0 means the CPU. Processes communicate only through the folder of the evaluation:
+each reads what all have written. They need no port and no collective.
 
 At the end of a run, `report_answers` records the answers to a single held-out question.
 """

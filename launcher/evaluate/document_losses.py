@@ -191,10 +191,7 @@ def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: 
 def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progress: Callable[[int, int], None]) -> None:
     """Write the log-probabilities of all trained tokens of `batches` that `store` lacks into it. Collective.
 
-    `on_progress` is called with the number of scored rows and that of all rows.
-
-    Raises:
-        CheckpointError: on every rank, if a rank cannot write.
+    `on_progress` is called with the number of scored rows and that of all rows. CheckpointError is raised on every rank.
     """
     from launcher.distributed import rank0_broadcast, run_on_all_ranks
 
@@ -217,10 +214,7 @@ def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progre
 
 
 class ScoreStore:
-    """The scores of one pass, in shards that each appear only when complete; two passes may write it at once.
-
-    `shards` are their ranges of micro-batches.
-    """
+    """The scores of one pass, in shards (ranges of micro-batches) that appear when complete; two passes may write it at once."""
 
     def __init__(self, key: str, num_micro_batches: int, root: Path | None = None) -> None:
         """`root` is the launcher's cache by default."""

@@ -55,10 +55,7 @@ class _SplitDocuments:
         return {"document": document, "where": self.origins.where(document), "source": source}
 
     def texts(self, document: int) -> dict[str, str]:
-        """Return the end of the prompt and the beginning of the answer, without secrets and personal data.
-
-        They are empty without the run's tokenizer.
-        """
+        """Return the end of the prompt and the beginning of the answer, without secrets; empty without the run's tokenizer."""
         if self._tokenizer is None:
             return {"prompt": "", "answer": ""}
         span = slice(*(int(at) for at in self._split.docs[document : document + 2]))

@@ -1,7 +1,6 @@
 """Compares prompts with a run's training prompts: `python -m launcher.evaluate.drift PLAN_JSON PROMPTS [--likelihood]`.
 
-Words and lengths are compared, and how likely the prompts are under the base model and the tuned model; torch is loaded only if
-models score them. Writes progress to standard error and one JSON object (the report or the problems) to standard output.
+Torch is loaded only if models score the prompts. Progress goes to standard error, one JSON object to standard output.
 """
 
 from __future__ import annotations
@@ -73,10 +72,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Measure:
-    """One property of the prompts, in training and now; `p_value` is from a two-sample test.
-
-    `title` describes the two figures. `is_large` is whether their difference matters, however significant it is.
-    """
+    """One property of the prompts, in training and now; a difference that is significant by `p_value` matters if `is_large`."""
 
     name: str
     title: str
@@ -109,10 +105,7 @@ class DriftReport:
 
 
 def find_drift(run: RunDir, path: Path, with_likelihood: bool, on_progress: Progress) -> DriftReport:
-    """Compare the prompts in a file with the prompts in the run's training data.
-
-    `with_likelihood` is whether both models score the prompts.
-    """
+    """Compare the prompts in a file with those in the run's training data; both models score them if `with_likelihood`."""
     plan = run_store.load_plan(run)
     if not with_likelihood:
         import_tokenizers_without_torch()

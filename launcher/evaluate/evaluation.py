@@ -3,10 +3,8 @@
     python -m launcher.evaluate.evaluation prepare PLAN_JSON --step N
     python -m launcher.evaluate.evaluation conclude FOLDER
 
-The first reads the run's settings, with the command's overrides, as JSON from standard input. It finds the questions, exports the
-step if the run's export holds a different one, and writes task.json. The second scores the answers, judges them, and writes
-verdict.json for each set; the first set's is beside answers.json. Each prints one JSON object: the folder or the verdicts by set,
-or the problems.
+The first reads the run's settings, with the command's overrides, as JSON from standard input, and writes task.json. The second
+writes verdict.json for each set; the first set's is beside answers.json. Each prints one JSON object.
 """
 
 from __future__ import annotations

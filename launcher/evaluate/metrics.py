@@ -370,10 +370,7 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
 
 
 def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
-    """Copy the functions that the configured metrics name into the folder of an evaluation.
-
-    Every process scores with the copies: the files may change, and a path may lead to another file on other nodes.
-    """
+    """Copy the functions of the configured metrics into an evaluation's folder: files may change, or differ on other nodes."""
     contents = {}
     for metric in settings.metrics:
         if parts := split_function(metric):

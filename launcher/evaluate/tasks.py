@@ -1,8 +1,8 @@
 """Scores a step's weights and the base model on tasks of lm-evaluation-harness, and compares them.
 
 `python -m launcher.evaluate.tasks PLAN_JSON --step N --tasks A,B` reads the run's settings, with the command's
-overrides, as JSON from standard input. It prints one JSON object: the verdicts by task, or the problems. Scores are kept, so an
-interrupted command can continue. Tasks read Hub data sets and `evaluate` metrics from the local cache; nothing is fetched.
+overrides, as JSON from standard input, and prints one JSON object. Scores are kept, so an interrupted command can continue. Tasks
+read Hub data sets and `evaluate` metrics from the local cache; nothing is fetched.
 """
 
 from __future__ import annotations

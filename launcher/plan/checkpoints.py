@@ -1,7 +1,4 @@
-"""A run's checkpoints: their size, how and how long they are written, and whether they fit on disk.
-
-Pure: the caller measures the free bytes.
-"""
+"""A run's checkpoints: their size, how and how long they are written, and whether they fit on disk. Pure."""
 
 from __future__ import annotations
 

@@ -121,11 +121,7 @@ def fit_nodes(planned: LaunchPlan, num_nodes: int) -> LaunchPlan:
 
 
 def plan_fewest_nodes(planned: LaunchPlan) -> LaunchPlan | None:
-    """Return the plan of an elastic run on its minimum number of nodes; None for a run of one size.
-
-    Raises:
-        ConfigError: if the global batch does not divide over the ranks of any number of nodes up to that minimum.
-    """
+    """Return the plan of an elastic run on its minimum number of nodes; None for a run of one size."""
     num_nodes = planned.config.cluster.fewest_nodes
     return None if num_nodes in (None, planned.topology.nodes) else fit_nodes(planned, num_nodes)
 

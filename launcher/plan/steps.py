@@ -1,7 +1,4 @@
-"""The optimizer steps of a run: their number, the rows of each (micro-batch x accumulation x data ranks) and its learning rate.
-
-Pure.
-"""
+"""The optimizer steps of a run: their number, the rows of each and its learning rate. Pure."""
 
 from __future__ import annotations
 
@@ -108,10 +105,7 @@ def compute_learning_rate(optim: OptimSection, step: int, max_steps: int) -> flo
 
 
 def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -> str | None:
-    """Describe how the learning rate changes where a run with a checkpoint at `step` continues under another plan.
-
-    None if the rate of the next step is the same under both plans, or if the number of steps is not known.
-    """
+    """Describe how the learning rate changes where a run continues under another plan after `step`; None if it does not."""
     if step == 0 or saved.batch.max_steps is None or following.batch.max_steps is None or step >= following.batch.max_steps:
         return None
     planned = compute_learning_rate(saved.config.optim, step, saved.batch.max_steps)

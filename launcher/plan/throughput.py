@@ -78,10 +78,7 @@ def peak_tflops(plan: LaunchPlan, gpu: str) -> float | None:
 
 
 def estimate_speed(plan: LaunchPlan, gpu: str) -> SpeedEstimate:
-    """Estimate the training steps of a run, without evaluation, checkpoints and start-up.
-
-    `gpu` is the name of the run's GPUs.
-    """
+    """Estimate the training steps of a run on GPUs named `gpu`, without evaluation, checkpoints and start-up."""
     if plan.topology.device != "cuda":
         return SpeedEstimate("the run is planned for CPUs, for which no MFU is published")
     peak, flops, data = peak_tflops(plan, gpu), train_flops(plan.model), plan.data

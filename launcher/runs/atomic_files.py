@@ -32,10 +32,7 @@ REMOVING_PREFIX = ".removing-"
 
 
 def fault_point(point: str) -> None:
-    """Mark a point in a save; tests replace this function with a fault.
-
-    The points, in order: begun, copied, half-written, noted, gathered, manifest, committed.
-    """
+    """Mark a point in a save (begun, copied, half-written, noted, gathered, manifest, committed); tests put a fault there."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +96,13 @@ def append_lines(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def read_short_text(path: Path, max_bytes: int) -> str:
-    """Return the beginning of a small file that other users may have put there; reading a pipe or a device might never end.
-
-    Raises:
-        OSError: if it cannot be read, or is not a regular file.
-        UnicodeDecodeError: if it is not UTF-8.
-    """
+    """Return the beginning of a small file that other users may have put there; reading a pipe or a device might never end."""
     with io.BufferedReader(open_regular(path)) as file:
         return file.read(max_bytes).decode()
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """Open a regular file for unbuffered reading; opening a pipe would wait for a writer, which may never come.
-
-    Raises:
-        OSError: if it cannot be read, or is not a regular file.
-    """
+    """Open a regular file for unbuffered reading; opening a pipe would wait for a writer, which may never come."""
     file = open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

@@ -69,10 +69,7 @@ def is_same_start(one: float, other: float) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock.
-
-    `space` is its `pid_namespace`, `started` is in seconds after the machine's boot, `since` in seconds since the epoch.
-    """
+    """The process that holds a lock; `space` is its `pid_namespace`, `started` in seconds after boot, `since` after the epoch."""
 
     host: str
     space: str

@@ -40,13 +40,8 @@ PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 class AttemptTimes:
     """Times and size of an attempt; times are seconds since the epoch.
 
-    Attributes:
-        submitted_at: when it was submitted.
-        begun_at: when its machines were allocated; None while it waits for them.
-        ended_at: None while it runs.
-        num_ranks: ranks in its plan.
-        automatic: the launcher, not a person, started it.
-        price: price of a rank; None if unknown.
+    `begun_at` is when its machines were allocated, None while it waits for them. `ended_at` is None while it runs. `automatic`:
+    the launcher, not a person, started it. `price` is that of a rank, None if unknown.
     """
 
     number: int

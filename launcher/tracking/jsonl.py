@@ -142,11 +142,8 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[Lin
 def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[Line]:
     """Return one dict per step of the newest attempt and the attempts that it continues, in step order.
 
-    Lines of one step (training, evaluation) are merged, with the first line's time. Torn lines are skipped; a missing file gives
-    an empty list.
-
-    Args:
-        names: prefixes of the metrics to read. Attempts that begin with an evaluation are recognized only with `eval/`.
+    Lines of one step are merged, with the first line's time. `names` are prefixes of the metrics to read; attempts that begin
+    with an evaluation are recognized only with `eval/`.
     """
     return merge_steps(continued_lines(iter_lines(path, names)))
 

@@ -62,13 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Curve:
-    """A chart of the report page.
-
-    Attributes:
-        title: heading of the chart.
-        scale: factor from the metric to the axis, 100 for a percentage.
-        unit: label of the axis.
-    """
+    """A chart of the report page; `scale` is the factor from the metric to the axis, such as 100 for a percentage."""
 
     title: str
     scale: float = 1.0
@@ -287,12 +281,7 @@ def median_names() -> list[str]:
 
 
 def status_lines(last: Mapping[str, Any], medians: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yield the label and text of each line of `status` that has a metric to show.
-
-    Args:
-        last: metrics of the last step.
-        medians: medians of the last steps, of the metrics in `median_names`.
-    """
+    """Yield label and text of each line of `status`, from metrics of the last step and medians of those in `median_names`."""
     parts: dict[str, list[tuple[Part, float]]] = {line: [] for line in STATUS_LINES}
     for name, metric in METRICS.items():
         if metric.status is not None:

@@ -1,7 +1,4 @@
-"""Progress of work that a user waits for: one live line on a terminal, plain lines at growing intervals in a log.
-
-Nothing here is called during a training step.
-"""
+"""Progress of work that a user waits for: one live line on a terminal, plain lines at growing intervals in a log."""
 
 from __future__ import annotations
 

@@ -100,10 +100,8 @@ def has_trained(run: RunDir, status: Status) -> bool:
 def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[Line]:
     """Return the lines of a run's metrics that `goodput.break_down` needs, in order: they give the same result as all lines.
 
-    These are the lines of evaluations and saves, and the last training step before each of `boundaries` and before the end.
-
-    Args:
-        boundaries: times (seconds since the epoch) at which ranks started and attempts began and ended.
+    These are the lines of evaluations and saves, and the last training step before the end and before each of `boundaries`, the
+    times (seconds since the epoch) at which ranks started and attempts began and ended.
     """
     try:
         with _map_file(path) as data:

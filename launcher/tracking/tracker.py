@@ -1,7 +1,4 @@
-"""Trackers of metrics and events: the protocol, the one for the terminal, their composite, and their start.
-
-launcher.tracking.jsonl and launcher.tracking.wandb.tracker have the others.
-"""
+"""Trackers of metrics and events: the protocol, the one for the terminal, their composite, and their start."""
 
 from __future__ import annotations
 

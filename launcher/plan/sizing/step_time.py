@@ -193,10 +193,7 @@ def predict_step(
 
 
 def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
-    """Return the bytes per token that all layers move, excluding products and attention.
-
-    `recomputed_share` of the layers repeat their forward pass.
-    """
+    """Return the bytes per token that all layers move, excluding products and attention; some repeat their forward pass."""
     width, hidden, attention, total = kernels.width, model.hidden_size, attention_sizes(model), 0.0
     norm = 10 * width if kernels.liger else 124 + 2 * width + (28 if model.model_type in FP32_NORMS else 0)
     rotary, gate = (4, 8) if kernels.liger else (23, 14)

@@ -283,10 +283,7 @@ class Session:
             self._log(step, metrics, self._offset)
 
     def catch_up(self, before: float) -> None:
-        """Send the steps in metrics.jsonl before `before` that W&B lacks.
-
-        Steps that are repeated after a person has resumed the run are shown beside the earlier ones.
-        """
+        """Send the steps in metrics.jsonl before `before` that W&B lacks; those repeated after a person's resume come too."""
         self._caught_up = True
         # Read the file twice: all lines of a long run would take a lot of memory, and usually W&B lacks none.
         last_steps: dict[int, int] = {}
@@ -379,10 +376,7 @@ def _remove_slurm_credentials() -> None:
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
-    """Return the command that uploads what the server lacks: this session's files, and earlier sessions' if it was offline.
-
-    Empty if there are no files.
-    """
+    """Return the command that uploads this session's files, and earlier sessions' if it was offline; empty without files."""
     missing: list[Path] = []
     for folder in session_folders(run, wandb_id):
         missing = [] if (folder / _UPLOADED).exists() else [*missing, folder]
@@ -475,9 +469,7 @@ def leave_core() -> None:
 def upload_verdicts(run: RunDir, step: int) -> str:
     """Add a step's verdicts to the W&B run's summary, each with a table of answers; returns a line for the user.
 
-    If several steps were evaluated, a table has them all.
-
-    During training, the run has its own session, which this one would disturb; nothing is sent then.
+    Nothing is sent during training: the run has its own session, which this one would disturb.
     """
     plan = run_store.load_plan(run)
     tracking = plan.config.tracking
