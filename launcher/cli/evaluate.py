@@ -191,7 +191,7 @@ def _lock_evaluation(folder: Path) -> Iterator[None]:
         raise SubmitError(
             "another command is evaluating this step",
             where=short_path(folder),
-            value=str(locks.wait_for_holder(lock) or ""),
+            value=str(locks.read_holder(lock) or ""),
             remedy="wait until it ends, or end it",
         ) from None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.errors import RunError
+from launcher.errors import RunError, SubmitError
 
 # The variable with a node's name in its attempt: host names may not be unique.
 NODE_NAME_VARIABLE = "LAUNCHER_NODE_NAME"
@@ -130,9 +130,16 @@ def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
     return {host: str(address) for host, address in addresses.items()}
 
 
-def is_public(address: str) -> bool:
-    """Return whether an address is routable on the internet; a master address must not be."""
-    return ipaddress.ip_address(address).is_global
+def require_private(endpoint: Endpoint, interface: str | None) -> Endpoint:
+    """Return the endpoint where nodes meet; refuse an address on the internet unless the settings name its `interface`."""
+    if interface is None and ipaddress.ip_address(endpoint.address).is_global:
+        raise SubmitError(
+            "the nodes would connect to each other over a public address",
+            where="cluster.interface",
+            value=f"{endpoint.address} on {endpoint.interface}",
+            remedy="set cluster.interface to a private network, or to this one if a firewall protects it",
+        )
+    return endpoint
 
 
 def free_port(address: str) -> int:

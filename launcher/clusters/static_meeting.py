@@ -324,12 +324,4 @@ def head_endpoint(here: NodeIdentity, interface: str | None) -> network.Endpoint
     """Return where node 0 listens, or None for a single machine."""
     if here.nodes == 1:
         return None
-    endpoint = network.endpoint_of(str(here.address), interface)
-    if interface is None and network.is_public(endpoint.address):
-        raise SubmitError(
-            "the machines would connect to each other over a public address",
-            where="cluster.master_addr",
-            value=f"{endpoint.address} on {endpoint.interface}",
-            remedy="use the address of a private network, or set cluster.interface to this one if a firewall protects it",
-        )
-    return endpoint
+    return network.require_private(network.endpoint_of(str(here.address), interface), interface)

@@ -17,8 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# A holder writes its identity right after it takes the lock.
-_IDENTITY_WAIT_S = 0.5
 # The kernel counts starts in ticks of 0.01 s; psutil's conversions round to floats.
 _SAME_START_S = 0.5
 # A waiting process warns at this interval.
@@ -160,14 +158,6 @@ def read_holder(path: Path) -> Holder | None:
     except (OSError, ValueError, TypeError):
         return None
     return None if holder.has_ended else holder
-
-
-def wait_for_holder(path: Path) -> Holder | None:
-    """Return the process that holds the lock file `path`; wait half a second for its identity, then return None."""
-    deadline = time.monotonic() + _IDENTITY_WAIT_S
-    while (holder := read_holder(path)) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holder
 
 
 def _name_identity(path: Path) -> Path:

@@ -352,14 +352,13 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
         try:
             stack.enter_context(locks.hold(_find_lock(run), wait_s, redacted_command_line()))
         except locks.LockTimeout:
-            holder = locks.wait_for_holder(_find_lock(run))
+            # It is unknown in the moment in which the holder writes it.
+            holder = locks.read_holder(_find_lock(run))
             raise SubmitError(
                 "another command is starting this run right now",
                 where=str(run.root),
-                value="" if holder is None else str(holder),
-                remedy="wait until it is done"
-                if holder is None
-                else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
+                value=str(holder or ""),
+                remedy="wait until it is done" + (f", or end it on {holder.host}: kill {holder.pid}" if holder else ""),
             ) from None
         except OSError as error:
             raise SubmitError(

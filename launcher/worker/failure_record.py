@@ -233,10 +233,10 @@ def from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str] = 
     )
 
 
-def from_exception(error: Exception, log: Path, at: float | None = None, limit: str = "") -> FailureRecord:
+def from_exception(error: Exception, log: Path, limit: str) -> FailureRecord:
     """Return the failure of a node's agent, which no rank caused; `log` is the file with the agent's output."""
     message = f"{limit}: {describe(error)}" if limit else describe(error)
-    return FailureRecord(None, type(error).__name__, message, at=at, log=str(log))
+    return FailureRecord(None, type(error).__name__, message, log=str(log))
 
 
 def read_final(run: RunDir, attempt: int) -> FailureRecord | None:

@@ -144,8 +144,9 @@ class NodeAgent:
                     answers = sidecar.start_answers(self.plan, self.plan_path, self.run, self.attempt)
                 failure = self.run_ranks(node, store, log, why_ended)
         except Exception as error:
-            failure = failure_record.from_exception(error, log, limit=cause_of(error, self.run.root))
-        self.close()
+            failure = failure_record.from_exception(error, log, cause_of(error, self.run.root))
+        self.stopper.disarm()
+        self.ranks.close()
         record = NodeEnded(
             node=number,
             host=place.nodes[number],
@@ -163,11 +164,6 @@ class NodeAgent:
         self.stopper.finish(answers, answers_s if is_complete else 0.0, uses_grace=False)
         self.stopper.finish(mirror, math.inf if failure is None else after_failure_s)
         return record
-
-    def close(self) -> None:
-        """Stop sending signals, and end the fork server."""
-        self.stopper.disarm()
-        self.ranks.close()
 
     def _check_nodes(self, store: Any, record: Attempt, here: NodeInfo) -> list[Problem]:
         """Return the problems of all nodes of the attempt, the same list on each node; empty if all are fit."""
@@ -300,7 +296,7 @@ class _FailureLog:
         if isinstance(error, RendezvousClosedError):
             return self.first() if self._exits else self._last
         # Rendezvous, resources and the like: no rank is to blame.
-        failure = failure_record.from_exception(error, self._log, limit=cause_of(error, self._run.root))
+        failure = failure_record.from_exception(error, self._log, cause_of(error, self._run.root))
         return replace(failure, host=self._host)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from launcher.clusters import network
 from launcher.clusters.network import Endpoint
-from launcher.errors import RunError
+from launcher.errors import RunError, SubmitError
 
 NODES = {
     "n1": "NodeName=n1 Arch=x86_64 CPUAlloc=0 NodeAddr=10.0.0.1 NodeHostName=n1 Port=6818 State=IDLE",
@@ -128,8 +128,12 @@ def test_this_node_with_a_loopback_name_uses_its_route_to_the_others(
         network.node_addresses("n[1-2]")
 
 
-def test_an_address_that_the_internet_routes_is_public() -> None:
-    assert [network.is_public(address) for address in ("10.0.0.1", "8.8.8.8")] == [False, True]
+def test_nodes_meet_on_a_public_address_only_if_the_settings_name_its_interface() -> None:
+    private, public = network.Endpoint("10.0.0.1", "eth0"), network.Endpoint("8.8.8.8", "eth0")
+    assert network.require_private(private, None) == private
+    assert network.require_private(public, "eth0") == public
+    with pytest.raises(SubmitError, match="public address"):
+        network.require_private(public, None)
 
 
 def test_a_listener_that_comes_late_is_awaited() -> None:

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import os
 import platform
-import resource
 import shutil
 import signal
 import subprocess
@@ -39,8 +38,6 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _SHARED_MEMORY_BYTES, _SHARED_MEMORY_OF_GPUS_BYTES = 64 << 20, 1 << 30
 # Adapters for InfiniBand, RoCE and EFA: in the kernel, which a container sees too, and the devices, which it may lack.
 ADAPTERS, ADAPTER_DEVICES = Path("/sys/class/infiniband"), Path("/dev/infiniband")
-OWN_STATUS = Path("/proc/self/status")
-_CAP_IPC_LOCK = 14
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
     *("huggingface-hub", "ray", "flash-attn", "flash-attn-3", "flash-attn-4"),
@@ -154,14 +151,6 @@ def check_adapters(node: CheckedNode) -> Iterator[CheckResult]:
     if adapters and not any(ADAPTER_DEVICES.glob("uverbs*")):
         remedy = "pass them to the container: docker run takes --device=/dev/infiniband, Kubernetes a resource such as rdma/ib"
         yield warning(f"the network adapters cannot be opened here, so NCCL uses TCP: {adapters}", remedy)
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    # The limit does not apply to processes with this capability.
-    effective = OWN_STATUS.read_text().partition("CapEff:")[2].split()[0]
-    if adapters and locked != resource.RLIM_INFINITY and not int(effective, 16) >> _CAP_IPC_LOCK & 1:
-        remedy = "set `* - memlock unlimited` in /etc/security/limits.conf, for Slurm also LimitMEMLOCK=infinity in "
-        remedy += "slurmd.service, for Kubernetes in containerd.service; docker run takes --ulimit memlock=-1"
-        seen = "locked memory is limited, so NCCL may fail to use the network adapters"
-        yield warning(f"{seen}: ulimit -l is {locked // 1024} KiB", remedy)
 
 
 def check_packages(node: CheckedNode) -> Iterator[CheckResult]:

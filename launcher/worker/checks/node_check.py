@@ -97,9 +97,9 @@ def run_check(check: Check, node: CheckedNode) -> list[CheckResult]:
     return [replace(result, name=check.name) for result in found]
 
 
-def check_node(plan: LaunchPlan, attempt: int, num_ranks: int | None = None) -> MachineReport:
-    """Check this node for `num_ranks` ranks of an attempt (None: the plan's ranks per node); what makes it slow is an alert."""
-    node = CheckedNode(plan.config, plan.topology.device, num_ranks or plan.topology.ranks_per_node, plan, attempt)
+def check_node(plan: LaunchPlan, attempt: int) -> MachineReport:
+    """Check this node for an attempt; what makes it slow is an alert."""
+    node = CheckedNode(plan.config, plan.topology.device, plan.topology.ranks_per_node, plan, attempt)
     results = tuple(run_checks(node))
     send_alerts((result for result in results if result.verdict == WARNING), node)
     return MachineReport(node_name(), results)
@@ -123,22 +123,20 @@ def send_alerts(results: Iterable[CheckResult], node: CheckedNode) -> None:
                 append_event(node.run, node.attempt, "alert", f"{node_name()}: {result.seen}: {result.remedy}")
 
 
-def exchange(
-    store: Store, report: MachineReport, hosts: Sequence[str], node: int, deadline_s: float, prefix: str = "node-check"
-) -> list[Problem]:
+def exchange(store: Store, report: MachineReport, hosts: Sequence[str], node: int, deadline_s: float) -> list[Problem]:
     """Publish this node's report, read all others, and return the problems of all nodes in the order of `hosts`.
 
-    `node` is this node's index in `hosts`; `prefix` keeps the keys of rounds apart. Node 0 may host the store, and returns last.
+    `node` is this node's index in `hosts`. Node 0 may host the store, and returns last.
     """
     deadline = time.monotonic() + deadline_s
     try:
-        store.set(f"{prefix}/{node}", json.dumps(json_records.encode(report)))
-        reported = [index for index in range(len(hosts)) if _await_key(store, f"{prefix}/{index}", deadline)]
-        answers = {index: json.loads(store.get(f"{prefix}/{index}")) for index in reported}
-        store.set(f"{prefix}/{node}/done", "")
+        store.set(f"node-check/{node}", json.dumps(json_records.encode(report)))
+        reported = [index for index in range(len(hosts)) if _await_key(store, f"node-check/{index}", deadline)]
+        answers = {index: json.loads(store.get(f"node-check/{index}")) for index in reported}
+        store.set(f"node-check/{node}/done", "")
         if node == 0:
             for index in reported:
-                _await_key(store, f"{prefix}/{index}/done", deadline)
+                _await_key(store, f"node-check/{index}/done", deadline)
     except RuntimeError as error:
         raise RunError(
             "the connection to the head node broke while the nodes were checked",

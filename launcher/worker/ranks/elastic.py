@@ -18,7 +18,6 @@ from datetime import timedelta
 from torch.distributed import DistStoreError, PrefixStore, Store
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker
-from torch.distributed.elastic.multiprocessing import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousHandler,
@@ -127,11 +126,7 @@ class _Agent(SimpleElasticAgent):
             now = clock.now()
             self._exits = {worker.global_rank: self._describe_exit(worker, code, now) for worker, code in failed.items()}
             self._on_failure([*self._exits.values()])
-            failures = {
-                worker.global_rank: ProcessFailure(worker.local_rank, worker.id, code, os.devnull)
-                for worker, code in failed.items()
-            }
-            return RunResult(WorkerState.FAILED, failures=failures)
+            return RunResult(WorkerState.FAILED)
         if all(code == 0 for code in codes.values()):
             return RunResult(WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in codes})
         return RunResult(WorkerState.HEALTHY)

@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher.clusters import detached_process, network
 from launcher.clusters.node_command import blocked_signals
+from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -125,10 +126,10 @@ def _choose_meeting(nodes: tuple[str, ...], interface: str | None) -> dict[str, 
 
     here = network.LOOPBACK
     if len(nodes) > 1:
-        here = network.endpoint_of(ray.util.get_node_ip_address(), interface)
-        if interface is None and network.is_public(here.address):
-            reason = f"the nodes would connect to each other over a public address: {here.address}; set cluster.interface"
-            raise NodeUnfit(nodes, 0, reason)
+        try:
+            here = network.require_private(network.endpoint_of(ray.util.get_node_ip_address(), interface), interface)
+        except SubmitError as error:
+            raise NodeUnfit(nodes, 0, f"{error.problems[0].message}; set cluster.interface") from None
     return {"address": here.address, "interface": here.interface, "port": network.free_port(here.address)}
 
 

@@ -205,15 +205,9 @@ def _seconds_left(until: float) -> float:
 def _add_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
     """Return the attempt with the nodes of this start, and the address and port where their agents meet."""
     addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _seconds_left(until))
-    several = len(addresses) > 1
-    endpoint = network.own_endpoint(list(addresses.values()), section.interface) if several else network.LOOPBACK
-    if section.interface is None and network.is_public(endpoint.address):
-        raise RunError(
-            "the nodes would connect to each other over a public address",
-            where=f"{endpoint.interface} of {os.uname().nodename}",
-            value=endpoint.address,
-            remedy="set cluster.interface to a private network, or to this one if a firewall protects it",
-        )
+    endpoint = network.LOOPBACK
+    if len(addresses) > 1:
+        endpoint = network.require_private(network.own_endpoint([*addresses.values()], section.interface), section.interface)
     return replace(
         attempt,
         job=job,

@@ -148,37 +148,16 @@ def test_gpus_of_one_node_need_more_shared_memory_than_a_container_gets(
     assert (failures(machine.check_shared_memory(replace(node_of(device=device), num_ranks=num_ranks))) == []) is is_enough
 
 
-@pytest.mark.parametrize(
-    ("has_devices", "locked_bytes", "capabilities", "expected"),
-    [
-        # CAP_IPC_LOCK
-        (True, 8 << 20, 1 << 14, []),
-        (False, 8 << 20, 1 << 13, ["the network adapters cannot be opened here", "locked memory is limited"]),
-    ],
-)
-def test_adapters_need_their_devices_and_memory_that_may_be_locked(
-    node_of: OfConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    has_devices: bool,
-    locked_bytes: int,
-    capabilities: int,
-    expected: list[str],
-) -> None:
-    kernel, devices, own = tmp_path / "infiniband", tmp_path / "devices", tmp_path / "status"
-    for name, path in (("ADAPTERS", kernel), ("ADAPTER_DEVICES", devices), ("OWN_STATUS", own)):
+def test_adapters_need_their_devices(node_of: OfConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, devices = tmp_path / "infiniband", tmp_path / "devices"
+    for name, path in (("ADAPTERS", kernel), ("ADAPTER_DEVICES", devices)):
         monkeypatch.setattr(machine, name, path)
     assert [*machine.check_adapters(node_of())] == []
     for folder in (kernel / "mlx5_0", devices):
         folder.mkdir(parents=True)
-    if has_devices:
-        (devices / "uverbs0").touch()
-    own.write_text(f"Name:\tpython\nCapEff:\t{capabilities:016x}\n")
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (locked_bytes, locked_bytes))
-    results = [*machine.check_adapters(node_of())]
-    assert [(result.verdict, result.seen.partition(", so NCCL")[0]) for result in results] == [
-        (WARNING, text) for text in expected
-    ]
+    assert [result.verdict for result in machine.check_adapters(node_of())] == [WARNING]
+    (devices / "uverbs0").touch()
+    assert [*machine.check_adapters(node_of())] == []
 
 
 def test_the_code_digest_changes_with_the_content_of_python_files(planned: Planned) -> None:
@@ -377,7 +356,7 @@ def gather(store: TCPStore, reports: dict[int, MachineReport], hosts: list[str],
     received: dict[int, list[Problem]] = {}
 
     def take_part(index: int, report: MachineReport) -> None:
-        received[index] = exchange(client(store), report, hosts, index, deadline_s, "try-1")
+        received[index] = exchange(client(store), report, hosts, index, deadline_s)
 
     threads = [threading.Thread(target=take_part, args=item) for item in reports.items()]
     for thread in threads:

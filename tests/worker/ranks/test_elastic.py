@@ -261,7 +261,7 @@ here = supervise.NodeAgent.start(plan_path, 1, {})
 store = open_store("127.0.0.1", port, is_server=node == 0)
 failure = here.run_ranks(NodeInfo(node, ("n0", "n1"), "127.0.0.1", None), store, Path(plan_path).with_name("agent.log"))
 store.add("ended", 1)
-here.close()
+here.ranks.close()
 while node == 0 and store.add("ended", 0) < 2:
     time.sleep(0.05)
 sys.exit(failure is not None)
