@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,14 @@ def raise_reported(report: Mapping[str, Any]) -> None:
     if "problems" in report:
         kind = DataError if report["exit_code"] == EXIT_REFUSED else RunError
         raise kind([Problem(*parts) for parts in report["problems"]])
+
+
+def describe_exit(code: int) -> str:
+    """Return how a process ended, by an exit code as in subprocess: `ended with exit code 1`, `was killed by SIGKILL`."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    # Most real-time signals have no name.
+    return f"was killed by {signal.Signals(-code).name if -code in set(signal.Signals) else f'signal {-code}'}"
 
 
 def describe(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -32,6 +33,10 @@ class Endpoint:
 
     address: str
     interface: str
+
+    def choose_meeting(self) -> dict[str, Any]:
+        """Return the fields of an attempt that tell where its agents meet: here, at a free port."""
+        return {"address": self.address, "interface": self.interface, "port": free_port(self.address)}
 
 
 # Where the processes of a single node meet: unreachable from outside.

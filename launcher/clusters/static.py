@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -17,7 +16,7 @@ from launcher import clock
 from launcher.clusters import detached_process, local, network
 from launcher.clusters.backends import Cluster
 from launcher.clusters.static_meeting import Meeting
-from launcher.errors import SubmitError
+from launcher.errors import SubmitError, describe_exit
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, run_store
 from launcher.runs.journal import NodeLost
@@ -60,14 +59,8 @@ class StaticCluster(Cluster):
             remedy = "run the command on every machine, with NODE_RANK set"
             raise SubmitError("a run of cluster=static is started by its own machines", where=str(run.root), remedy=remedy)
         endpoint, names = meeting.endpoint or network.LOOPBACK, meeting.await_everyone()
-        record = replace(
-            run_store.read_attempt(run, attempt),
-            nodes=names,
-            address=endpoint.address,
-            interface=endpoint.interface,
-            port=network.free_port(endpoint.address),
-            begun_at=clock.now(),
-        )
+        begun = run_store.read_attempt(run, attempt)
+        record = replace(begun, nodes=names, begun_at=clock.now(), **endpoint.choose_meeting())
         run_store.write_attempt(run, attempt, record)
         arguments, variables = [str(plan_path), str(attempt), "0"], {network.NODE_NAME_VARIABLE: names[0]}
         log, name = agent_log(run, attempt, 0), f"the agent of {names[0]}"
@@ -113,8 +106,7 @@ def report_killed_agent(run: RunDir, attempt: int, node: int, name: str, agent: 
         return
     state = journal.read_state(run, attempt)
     if node not in state.nodes and node not in state.lost:
-        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and left no record"
-        report_loss(run, attempt, node, f"the agent of {name} {end}")
+        report_loss(run, attempt, node, f"the agent of {name} {describe_exit(code)} and left no record")
 
 
 def await_agent(agent: subprocess.Popen[bytes]) -> None:

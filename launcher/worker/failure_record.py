@@ -27,6 +27,7 @@ from launcher.errors import (
     Superseded,
     UnreadableRun,
     describe,
+    describe_exit,
 )
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal
@@ -146,12 +147,11 @@ class RankExit:
     @property
     def description(self) -> str:
         """Describe the end from the exit code alone."""
+        ended = describe_exit(self.exit_code).removeprefix("was ")
         if self.exit_code >= 0:
-            return f"ended with exit code {self.exit_code} and left no record of an error"
-        number, hint = -self.exit_code, _HINTS.get(-self.exit_code)
-        # Most real-time signals have no name.
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        return f"killed by {name}" + (f" ({hint})" if hint else "")
+            return f"{ended} and left no record of an error"
+        hint = _HINTS.get(-self.exit_code)
+        return f"{ended} ({hint})" if hint else ended
 
     @property
     def is_consequence(self) -> bool:

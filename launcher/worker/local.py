@@ -46,9 +46,7 @@ def main(plan_path: str, attempt: int) -> int:
         threading.Thread(target=check_gpus, name="gpu-check", daemon=True).start()
     begun = replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at)
     run_store.write_attempt(run, attempt, begun)
-    here = network.LOOPBACK
-    port = network.free_port(here.address)
-    place = replace(begun, nodes=(network.node_name(),), address=here.address, interface=here.interface, port=port)
+    place = replace(begun, nodes=(network.node_name(),), **network.LOOPBACK.choose_meeting())
 
     def conclude(node: NodeEnded) -> tuple[AttemptConcluded, str]:
         end = postmortem.judge_local(run, attempt, node)

@@ -418,19 +418,17 @@ def conclude(run: RunDir, number: int, attempt: Attempt, section: ManagedSection
     return Conclusion(ending, ended, decide(ended, history(run, number), section))
 
 
-def end_of_attempt(
-    run: RunDir, number: int, section: ManagedSection, evidence: Evidence, on_alert: Callable[[str], None] | None = None
-) -> AttemptEnd:
+def end_of_attempt(run: RunDir, number: int, section: ManagedSection, evidence: Evidence) -> AttemptEnd:
     """Return how attempt `number` ended: as recorded, or else by judging and recording it now.
 
-    `on_alert` receives the alert of an attempt that is judged now, if the run continues; otherwise the caller sends the alert.
+    Of an attempt that is judged now, it sends the alert if the run continues; otherwise that of the run's end follows.
     """
     if (ended := _read_end(run, number)) is not None:
         return ended
     conclusion = conclude(run, number, run_store.read_attempt(run, number), section, evidence)
     journal.append(run, number, conclusion.verdict(decided=False))
-    if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
-        on_alert(conclusion.alert)
+    if conclusion.decision.again and (alert := conclusion.alert) is not None:
+        write_if_possible(lambda: append_event(run, number, "alert", alert))
     return conclusion.ended
 
 

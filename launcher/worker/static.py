@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, run_store
 from launcher.runs.journal import AttemptConcluded, NodeEnded
-from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.local import lead_attempt
 from launcher.worker.postmortem import Evidence
@@ -109,12 +107,7 @@ def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
     number = run_store.newest_attempt(run)
     if not number:
         return {"again": True, "reason": ""}
-
-    def alert(text: str) -> None:
-        with suppress(OSError):
-            append_event(run, number, "alert", text)
-
-    end = postmortem.end_of_attempt(run, number, section, Evidence(), alert)
+    end = postmortem.end_of_attempt(run, number, section, Evidence())
     decision = decide(end, postmortem.history(run, number), section)
     return {"again": decision.again, "reason": decision.reason}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,13 +19,13 @@ from launcher.clusters.backends import (
     mark_never_submitted,
     read_fault_report,
 )
-from launcher.clusters.detached_process import not_running_error, resume_hint
+from launcher.clusters.detached_process import not_running_error, request_cancel, resume_hint
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.errors import SubmitError
+from launcher.errors import SubmitError, describe_exit
 from launcher.plan.run_dir import RunDir
 from launcher.runs import json_records, run_store
-from launcher.runs.run_records import RUNNING_STATES, Attempt, CancelRequest, Status
+from launcher.runs.run_records import RUNNING_STATES, Attempt, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
@@ -96,8 +95,7 @@ class SlurmCluster(Cluster):
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        number = run_store.newest_attempt(run)
-        job_id, submitted_at = _find_job(run, number)
+        job_id, submitted_at = _find_job(run)
         if job_id is None:
             return mark_never_submitted(status, _UNLISTED_S)
         try:
@@ -108,7 +106,7 @@ class SlurmCluster(Cluster):
 
     def await_end(self, run: RunDir) -> None:
         deadline = time.monotonic() + _END_DEADLINE_S
-        job_id, submitted_at = _find_job(run, run_store.newest_attempt(run))
+        job_id, submitted_at = _find_job(run)
         while job_id is not None and time.monotonic() < deadline:
             try:
                 job = queue.read_job(job_id, submitted_at, run_store.read_placement(run).name)
@@ -120,15 +118,12 @@ class SlurmCluster(Cluster):
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
-        number = run_store.newest_attempt(run)
-        job_id, submitted_at = _find_job(run, number)
+        job_id, submitted_at = _find_job(run)
         if status.state not in RUNNING_STATES or job_id is None:
             raise not_running_error(run, status)
         job = queue.read_job(job_id, submitted_at, run_store.read_placement(run).name)
-        cancel_file = run.cancel(number)
-        is_second_request = cancel_file.is_file()
-        json_records.write(cancel_file, CancelRequest(time.time(), save))
-        if job is not None and job.state == "RUNNING" and save and not is_second_request:
+        is_first = request_cancel(run, status, save) is None
+        if job is not None and job.state == "RUNNING" and save and is_first:
             slurm("scancel", "--signal=USR1", job_id)
             return
         slurm("scancel", job_id)
@@ -223,16 +218,13 @@ def submission_file(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / "submitted.json"
 
 
-def _find_job(run: RunDir, attempt: int) -> tuple[str | None, float]:
-    """Return an attempt's job (None if there is none yet) and its submission time."""
-    if not attempt:
-        return None, run_store.read_status(run).created_at
+def _find_job(run: RunDir) -> tuple[str | None, float]:
+    """Return the newest attempt's job (None if there is none yet) and its submission time."""
+    attempt = run_store.newest_attempt(run)
     submission = json_records.read_if_present(SlurmSubmission, submission_file(run, attempt))
+    submission = submission or SlurmSubmission("", run_store.read_status(run).created_at)
     opened = run_store.find_attempt(run, attempt)
-    job = None if opened is None else opened.job
-    if submission is None:
-        return job, run_store.read_status(run).created_at
-    return job or submission.job, submission.submitted_at
+    return (opened.job if opened else None) or submission.job or None, submission.submitted_at
 
 
 def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: str, submitted_at: float) -> Status:
@@ -263,9 +255,7 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
 def _explain_silent_end(run: RunDir, job: queue.Job) -> str:
     """Describe the end of a job that could not record it: its batch script, on the first node, ended too early."""
     if job.state == "FAILED" and job.exit_signal:
-        number = job.exit_signal
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        return f"the batch script of job {job.id} was killed by {name}"
+        return f"the batch script of job {job.id} {describe_exit(-job.exit_signal)}"
     if job.state == "OUT_OF_MEMORY":
         return (
             f"a memory limit was exceeded (raise cluster.additional_parameters.mem): the batch script of job {job.id} was killed"

@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import launcher
 from launcher.clusters.check_results import NO_ROOM, SHARED_FILE_VARIABLE, CheckResult, failure, ok, warning
 from launcher.clusters.preflight import existing_folder
 from launcher.config.schema import RunConfig
+from launcher.errors import describe_exit
 from launcher.hardware import available_bytes, is_full, missing_build_tools
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
@@ -103,7 +103,7 @@ def run_python(arguments: Sequence[str], deadline_s: float, environ: Mapping[str
             process.kill()
             return "", f"it did not end within {deadline_s:.0f} s"
     if process.returncode < 0:
-        return "", f"it was killed by {signal.Signals(-process.returncode).name}"
+        return "", f"it {describe_exit(process.returncode)}"
     if process.returncode:
         return "", ([f"exit code {process.returncode}", *filter(str.strip, errors.splitlines())])[-1].strip()
     return (["", *output.strip().splitlines()])[-1], ""

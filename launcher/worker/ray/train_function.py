@@ -19,7 +19,7 @@ from typing import Any
 
 from launcher.clusters import detached_process, network
 from launcher.clusters.node_command import blocked_signals
-from launcher.errors import SubmitError
+from launcher.errors import SubmitError, describe_exit
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -99,8 +99,7 @@ def run_agent(config: dict[str, AttemptArguments]) -> list[str]:
         arguments = (agent, run, given.attempt, nodes, number, taken)
         threading.Thread(target=_forward_requests, args=arguments, name="requests", daemon=True).start()
         if code := agent.wait():
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise NodeFailed(nodes, number, f"the agent of {nodes[number]} {how}")
+            raise NodeFailed(nodes, number, f"the agent of {nodes[number]} {describe_exit(code)}")
         return sorted(taken)
     finally:
         agent.kill()
@@ -130,7 +129,7 @@ def _choose_meeting(nodes: tuple[str, ...], interface: str | None) -> dict[str, 
             here = network.require_private(network.endpoint_of(ray.util.get_node_ip_address(), interface), interface)
         except SubmitError as error:
             raise NodeUnfit(nodes, 0, f"{error.problems[0].message}; set cluster.interface") from None
-    return {"address": here.address, "interface": here.interface, "port": network.free_port(here.address)}
+    return here.choose_meeting()
 
 
 def _forward_requests(

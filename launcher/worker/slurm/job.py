@@ -76,11 +76,7 @@ def begin(plan_path: str) -> int | None:
                 return None
             is_concluded = journal.read_end(run, number) is not None
             state, lost = ("", []) if is_concluded else _find_end_of_start(attempt, job, restart, until)
-
-            def alert(text: str, number: int = number) -> None:
-                write_if_possible(lambda: append_event(run, number, "alert", text))
-
-            end = postmortem.end_of_attempt(run, number, section, read_evidence(run, number, attempt, state, lost=lost), alert)
+            end = postmortem.end_of_attempt(run, number, section, read_evidence(run, number, attempt, state, lost=lost))
             if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {end.cause}; there is nothing left to do", file=sys.stderr)
                 return None
@@ -213,11 +209,9 @@ def _add_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, 
         job=job,
         restart=restart,
         nodes=tuple(addresses),
-        address=endpoint.address,
-        interface=endpoint.interface,
-        port=network.free_port(endpoint.address),
         ends_at=float(ends) if (ends := _read_details(job, until).get("EndTime", "")).isdigit() else None,
         begun_at=clock.now(),
+        **endpoint.choose_meeting(),
     )
 
 
