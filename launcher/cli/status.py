@@ -7,7 +7,6 @@ import functools
 import math
 import statistics
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +95,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
     if not root.is_dir() and str(root) != DEFAULT_ROOT:
         raise SubmitError("there is no such folder", where=str(root), remedy="name the folder of the runs")
     runs = list(run_store.list_runs(root))
-    summaries: list[str] = []
+    summaries: list[dict[str, Any]] = []
     rows: list[tuple[str, ...]] = []
     # Wait for slow backends at the same time.
     with ThreadPoolExecutor(_NUM_QUERIES) as pool:
@@ -104,14 +103,14 @@ def list_runs(arguments: argparse.Namespace) -> int:
     for run, answer in zip(runs, answers, strict=True):
         try:
             if arguments.json:
-                summaries.append(textwrap.indent(terminal.as_json(summarize(run, answer.result())), "  "))
+                summaries.append(summarize(run, answer.result()))
             else:
                 rows.append(_list_row(run, answer.result()))
         except Exception as error:
             # One run must not hide the others.
             print(printable(f"{run.root.name}: {_describe_error(error)}").replace("\n", "\\n"), file=sys.stderr)
     if arguments.json:
-        print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
+        print(terminal.as_json(summaries))
     elif not rows:
         print(f"no runs under {root}; start one with: python -m launcher train; --root names another folder")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import math
 import re
@@ -407,10 +406,9 @@ def flags_of(name: str) -> list[str]:
 def unknown_verb(name: str) -> Problem:
     """Return the problem with a verb that does not exist, with the one that was meant."""
     word = name.lower()
-    matches = [verb.name for verb in VERBS.values() if word in verb.elsewhere.split()]
-    matches = matches or ["--version"] * (word == "version") or difflib.get_close_matches(word, VERBS, n=1)
-    guess = f"did you mean {matches[0]}? " if matches else ""
-    remedy = f"{guess}commands are {', '.join(VERBS)}; settings are written key=value"
+    matches = [verb.name for verb in VERBS.values() if word in verb.elsewhere.split()] or ["--version"] * (word == "version")
+    guess = f"did you mean {matches[0]}?" if matches else did_you_mean(word, [*VERBS])
+    remedy = f"{guess} commands are {', '.join(VERBS)}; settings are written key=value".lstrip()
     return Problem(f"there is no command {redact(name)}", where="command line", value=redact(name), remedy=remedy)
 
 

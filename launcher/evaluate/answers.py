@@ -22,7 +22,7 @@ import torch
 from launcher.child_process import run_process
 from launcher.data import cache_store
 from launcher.data.checks import patterns
-from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.errors import LauncherError, RunError, describe, printable
 from launcher.evaluate.evaluation_folder import (
     AnswerKey,
@@ -37,7 +37,7 @@ from launcher.evaluate.evaluation_folder import (
     digest_prompts,
 )
 from launcher.evaluate.metrics import AnswerScorer
-from launcher.evaluate.prompts import BasePrompts, ChosenStyles, PromptBatch, PromptStyle, TunedPrompts, choose_styles
+from launcher.evaluate.prompts import BasePrompts, ChosenStyles, PromptBatch, PromptStyle, choose_styles, write_as_trained
 from launcher.evaluate.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.weights import choose_dtype
 from launcher.plan.launch_plan import LaunchPlan
@@ -125,7 +125,6 @@ class AnswerGeneration:
         examples = training[: self.task.num_examples]
         others = [*self._selection, *(one for several in self._questions.values() for one in several)]
         self._base_prompts = BasePrompts(self._tokenizer, self._config.data, examples, others)
-        self._tuned_prompts = TunedPrompts(self._tokenizer, self._config.data)
 
     def run(self, make_engine: Callable[[Weights], Engine]) -> None:
         """Answer this process's share; the first process writes answers.json when all answers exist."""
@@ -140,9 +139,10 @@ class AnswerGeneration:
                     for name, questions in self._questions.items():
                         prompts = self._base_prompts.write(questions, style)
                         self._answer_set(sides, name, f"{style.shots}-shot", self.task.base, prompts, style, engine)
+        encoder = Encoder(self._tokenizer, self._config.data)
         with _load_on_first_use(make_engine, self.task.tuned) as engine:
             for name, questions in self._questions.items():
-                self._answer_set(sides, name, TUNED, self.task.tuned, self._tuned_prompts.write(questions), None, engine)
+                self._answer_set(sides, name, TUNED, self.task.tuned, write_as_trained(encoder, questions), None, engine)
         if self._share.rank == 0:
             for name, (store, count) in self._stores.items():
                 self._await_answers([(store, count)], name)

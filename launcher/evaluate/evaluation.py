@@ -42,8 +42,8 @@ from launcher.evaluate.prompts import (
     SELECTION_PROMPTS,
     BasePrompts,
     PromptStyle,
-    TunedPrompts,
     list_shots,
+    write_as_trained,
 )
 from launcher.evaluate.questions import (
     TRAINING,
@@ -168,7 +168,7 @@ class _PromptFit:
 
     def __init__(self, plan: LaunchPlan, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._tokenizer = plan.config, tokenizer
-        self._tuned = TunedPrompts(tokenizer, plan.config.data)
+        self._encoder = Encoder(tokenizer, plan.config.data)
         self.context = count_context(plan)
         self._room = self.context - plan.config.evaluate.max_new_tokens
 
@@ -179,7 +179,7 @@ class _PromptFit:
     def keep_fitting(self, questions: Sequence[EvalQuestion], base: BasePrompts) -> list[EvalQuestion]:
         """Return the questions that fit all sides' prompts without examples."""
         styles = [PromptStyle(form, 0) for form in base.forms(questions)]
-        batches = [self._tuned.write(questions), *(base.write(questions, style) for style in styles)]
+        batches = [write_as_trained(self._encoder, questions), *(base.write(questions, style) for style in styles)]
         longest = [max(map(len, prompts)) for prompts in zip(*(batch.prompts for batch in batches), strict=True)]
         return [one for one, length in zip(questions, longest, strict=True) if length <= self._room]
 
@@ -273,7 +273,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
         verdict = replace(_judge_set(scorer, questions, stored, general_loss), checkpoint=checkpoint)
         if copies:
             verdict = replace(verdict, sentence=f"{verdict.sentence} {describe_copies(len(questions), copies)}")
-        verdict.write(folder.set_folder(name))
+        verdict.write(folder.root / name)
         if number == 0:
             verdict.write(folder.root)
         header, rows = verdict.table

@@ -29,7 +29,6 @@ from launcher.models.found_model import read_stop_ids
 from launcher.models.weight_files import weight_files
 from launcher.plan.run_dir import RunDir
 from launcher.runs import atomic_files, json_records
-from launcher.tracking.verdicts import BENCHMARKS
 
 _NOT_ABOUT_THE_MODEL = ("_name_or_path", "transformers_version")
 # Parts of a side may be merged while they are read.
@@ -69,16 +68,8 @@ class EvaluationFolder:
         """Written when the export is complete, so that an interrupted evaluation reuses it."""
         return self.root / "weights.json"
 
-    @property
-    def benchmarks(self) -> Path:
-        """Scores on the tasks of lm-evaluation-harness."""
-        return self.root / BENCHMARKS
-
     def questions(self, name: str = TRAINING) -> Path:
         return self.root / f"{name}.questions.jsonl"
-
-    def set_folder(self, name: str) -> Path:
-        return self.root / name
 
     def read_task(self) -> EvaluationTask:
         return json_records.read(EvaluationTask, self.task, "start the evaluation again")

@@ -54,14 +54,9 @@ class PromptBatch:
     stop_strings: tuple[str, ...] = ()
 
 
-class TunedPrompts:
-    """Prompts as in training: the run's template and system message, no examples."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
-        self._encoder = Encoder(tokenizer, data)
-
-    def write(self, questions: Sequence[EvalQuestion]) -> PromptBatch:
-        return _make_batch([_encode_question(self._encoder, question) for question in questions], ())
+def write_as_trained(encoder: Encoder, questions: Sequence[EvalQuestion]) -> PromptBatch:
+    """Return the prompts for the tuned model: the run's template and system message, no examples."""
+    return _make_batch([_encode_question(encoder, question) for question in questions], ())
 
 
 class BasePrompts:

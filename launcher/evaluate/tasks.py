@@ -40,7 +40,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.runs import json_records, run_store
 from launcher.security import folders
 from launcher.security.folders import private_files
-from launcher.tracking.verdicts import TUNED, digest_checkpoint
+from launcher.tracking.verdicts import BENCHMARKS, TUNED, digest_checkpoint
 from launcher.train.model import DTYPES
 
 BASE = "base"
@@ -114,12 +114,12 @@ def score_tasks(
     shutil.rmtree(folder.weights, ignore_errors=True)
     checkpoint = digest_checkpoint(run, step)
     shown = {task: _judge_task(scores_path(folder, task, TUNED).parent, several, checkpoint) for task, several in scores.items()}
-    return {"run": plan.run_name, "step": step, "folder": str(folder.benchmarks), "tasks": shown}
+    return {"run": plan.run_name, "step": step, "folder": str(folder.root / BENCHMARKS), "tasks": shown}
 
 
 def scores_path(folder: EvaluationFolder, task: str, side: str) -> Path:
     """Return the file of a side's scores; the verdict is beside it. A task may have any name."""
-    return folder.benchmarks / _NOT_PLAIN.sub("_", task) / f"{side}.json"
+    return folder.root / BENCHMARKS / _NOT_PLAIN.sub("_", task) / f"{side}.json"
 
 
 def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[str, Any]:

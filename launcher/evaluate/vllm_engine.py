@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -10,12 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+import httpx
 
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.errors import RunError
@@ -38,17 +37,19 @@ class VllmEngine:
     def __init__(self, python: Path, weights: Weights, *, dtype: str, context: int, num_gpus: int = 1) -> None:
         """Start the server and wait until it answers."""
         self._weights, self._python = weights, python
+        key, port = secrets.token_hex(16), free_port(_HOST)
         # A proxy from the environment cannot reach loopback.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._key, self._port = secrets.token_hex(16), free_port(_HOST)
+        self._client = httpx.Client(
+            base_url=f"http://{_HOST}:{port}", headers={"Authorization": f"Bearer {key}"}, timeout=_REQUEST_S, trust_env=False
+        )
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         model = str(Path(weights.folder).absolute())
         command = [str(python.absolute()), "-m", _SERVER, "--model", model, "--served-model-name", "model"]
-        command += ["--host", _HOST, "--port", str(self._port), "--dtype", _DTYPES[dtype], "--max-model-len", str(context)]
+        command += ["--host", _HOST, "--port", str(port), "--dtype", _DTYPES[dtype], "--max-model-len", str(context)]
         # Otherwise, sampling settings in the model's folder, such as repetition_penalty, would change the answers.
         command += ["--tensor-parallel-size", str(num_gpus), "--generation-config", "vllm"]
         # Other users of this machine can see arguments and reach the port.
-        environ = {**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        environ = {**os.environ, "VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _STARTER, *command],
             stdin=subprocess.DEVNULL,
@@ -64,8 +65,8 @@ class VllmEngine:
                     raise self._make_error(f"vLLM ended with exit code {self._process.returncode} before it answered")
                 if time.monotonic() > until:
                     raise self._make_error(f"vLLM did not answer within {_START_S:.0f} s")
-                with suppress(OSError), self._opener.open(self._make_request("/health"), timeout=_POLL_S * 10):
-                    is_ready = True
+                with suppress(httpx.TransportError):
+                    is_ready = self._client.get("/health", timeout=_POLL_S * 10).is_success
                 time.sleep(0 if is_ready else _POLL_S)
         except BaseException:
             self.close()
@@ -86,11 +87,11 @@ class VllmEngine:
             "return_token_ids": True,
         }
         try:
-            with self._opener.open(self._make_request("/v1/completions", request), timeout=_REQUEST_S) as response:
-                choices = sorted(json.loads(response.read())["choices"], key=lambda choice: choice["index"])
-        except urllib.error.HTTPError as error:
-            raise self._make_error(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
-        except (OSError, ValueError) as error:
+            response = self._client.post("/v1/completions", json=request)
+            if response.is_error:
+                raise self._make_error(f"vLLM refused the prompts: {response.text[:500]}")
+            choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
+        except (httpx.TransportError, ValueError) as error:
             raise self._make_error(f"vLLM gave no answer: {error}") from None
         if len(choices) != len(prompts):
             raise self._make_error(f"vLLM gave {len(choices)} answers to {len(prompts)} prompts")
@@ -111,12 +112,8 @@ class VllmEngine:
         # Processes that the server did not end itself.
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._client.close()
         self._log.close()
-
-    def _make_request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
-        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        return urllib.request.Request(f"http://{_HOST}:{self._port}{path}", data, headers)
 
     def _make_error(self, message: str) -> RunError:
         self._log.seek(0)

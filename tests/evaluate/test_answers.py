@@ -91,7 +91,7 @@ def run(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase, log: list[
 
 
 def files(folder: EvaluationFolder) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.set_folder("held_out").glob("*.jsonl")}
+    return {path.name: path.read_text() for path in (folder.root / "held_out").glob("*.jsonl")}
 
 
 @pytest.mark.rest
@@ -105,7 +105,7 @@ def test_two_processes_give_the_answers_of_one(folder: EvaluationFolder, tokeniz
     record = folder.read_answers()
     assert [side.name for side in record.sets["held_out"]] == ["0-shot", "4-shot", "tuned"]
     assert len(record.selection) > 2
-    for path in folder.set_folder("held_out").iterdir():
+    for path in (folder.root / "held_out").iterdir():
         path.unlink()
     shared: list[str] = []
     run(folder, tokenizer, shared, ranks=2)

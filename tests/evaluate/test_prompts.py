@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources.documents import Document, Message
-from launcher.evaluate.prompts import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts, choose_styles
+from launcher.data.tokenization.encoder import Encoder
+from launcher.evaluate.prompts import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, choose_styles, write_as_trained
 from launcher.evaluate.questions import EvalQuestion, split_question
 from launcher.runs import json_records
 
@@ -62,7 +63,7 @@ def test_chat_shows_examples_as_turns_and_the_tuned_model_sees_its_training_prom
         "<|im_end|>\n<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n"
     )
     plain = base.write(ASKED, PromptStyle(CHAT, 0))
-    assert plain.prompts == TunedPrompts(tokenizer, DATA).write(ASKED).prompts
+    assert plain.prompts == write_as_trained(Encoder(tokenizer, DATA), ASKED).prompts
     assert plain.stop_strings == ()
 
 

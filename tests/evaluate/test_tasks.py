@@ -88,5 +88,5 @@ def test_a_gain_in_a_metric_that_no_task_has_is_refused_before_anything_is_score
 def test_scores_stay_in_their_folder_whatever_the_task_is_called(tmp_path: Path) -> None:
     folder = EvaluationFolder(tmp_path)
     for name in ("../../outside", "..", "a/b", ".hidden"):
-        assert tasks.scores_path(folder, name, "base").parent.parent == folder.benchmarks
-    assert tasks.scores_path(folder, "arc_easy", "base") == folder.benchmarks / "arc_easy/base.json"
+        assert tasks.scores_path(folder, name, "base").parent.parent == folder.root / "benchmarks"
+    assert tasks.scores_path(folder, "arc_easy", "base") == folder.root / "benchmarks" / "arc_easy/base.json"

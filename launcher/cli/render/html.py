@@ -48,11 +48,8 @@ def write(file: Path, content: str) -> None:
     # UTF-8 cannot encode lone surrogates, which occur in some file names.
     encoded = content.encode(errors="xmlcharrefreplace")
     try:
-        if require_writable_page(file).exists() and not file.is_file():
-            file.write_bytes(encoded)
-        else:
-            # Only this user can read it, because pages show data rows.
-            atomic_files.write_bytes(file.resolve(), encoded, mode=0o600)
+        # Only this user can read it, because pages show data rows.
+        atomic_files.write_bytes(require_writable_page(file).resolve(), encoded, mode=0o600)
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
         raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None
