@@ -25,7 +25,7 @@ from launcher.clusters import detached_process
 from launcher.clusters.backends import StatusReader, cluster_for, status_reader_for
 from launcher.errors import LauncherError, Problem, SubmitError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.runs import run_store
+from launcher.runs import locks, run_store
 from launcher.runs.run_records import RUNNING_STATES, Status, read_export
 from launcher.runs.run_store import Placement
 from launcher.security import folders
@@ -374,7 +374,7 @@ def require_idle(run: RunDir, backend: StatusReader) -> None:
         require_ended(run)
         return
     name = short_path(run.root)
-    starter = run_store.start_lock_holder(run) if status.job is None else None
+    starter = locks.read_holder(run.lock) if status.job is None else None
     number = run_store.newest_attempt(run)
     where = f"being started by {starter}" if starter is not None else _describe_attempt(run, status, number)
     raise SubmitError(

@@ -41,6 +41,11 @@ class RunDir:
         return self.root / "status.json"
 
     @property
+    def lock(self) -> Path:
+        """The lock of whoever starts an attempt or removes files."""
+        return self.root / ".lock"
+
+    @property
     def code(self) -> Path:
         return self.root / "code"
 

@@ -350,10 +350,10 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.hold(_find_lock(run), wait_s, redacted_command_line()))
+            stack.enter_context(locks.hold(run.lock, wait_s, redacted_command_line()))
         except locks.LockTimeout:
             # It is unknown in the moment in which the holder writes it.
-            holder = locks.read_holder(_find_lock(run))
+            holder = locks.read_holder(run.lock)
             raise SubmitError(
                 "another command is starting this run right now",
                 where=str(run.root),
@@ -367,15 +367,6 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
                 remedy="mount its storage for writing, free space, or ask the run's owner; the checkpoints are kept",
             ) from None
         yield
-
-
-def start_lock_holder(run: RunDir) -> locks.Holder | None:
-    """Return the process that is currently starting an attempt of the run, or None."""
-    return locks.read_holder(_find_lock(run))
-
-
-def _find_lock(run: RunDir) -> Path:
-    return run.root / ".lock"
 
 
 def find_run(name: str, root: Path, markers: Sequence[str] = ("plan.json",)) -> RunDir:
@@ -401,10 +392,6 @@ def find_run(name: str, root: Path, markers: Sequence[str] = ("plan.json",)) -> 
         if candidate.is_dir():
             remedy = f"list runs with: {launcher_command('ls')}"
             raise SubmitError(f"{name} is a folder, but not a run: it has no plan.json", where=str(candidate), remedy=remedy)
-    if not root.is_dir():
-        remedy = f"name the folder of runs with --root, or start a run with: {launcher_command('train')}"
-        message = f"there is no run named {name}"
-        raise SubmitError(message, where=str(root), value="the folder does not exist", remedy=remedy)
     names = [run.root.name for run in list_runs(root)]
     remedy = f"start one with: {launcher_command('train')}"
     if names:

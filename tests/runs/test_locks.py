@@ -28,7 +28,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.runs import atomic_files
 from launcher.runs.locks import Holder, hold, is_same_start, pid_namespace, read_holder, read_start
 from launcher.runs.run_records import Status
-from launcher.runs.run_store import start_lock, start_lock_holder
+from launcher.runs.run_store import start_lock
 
 REPO = Path(__file__).resolve().parents[1]
 HOLD = """
@@ -72,7 +72,7 @@ def test_the_error_names_the_process_that_starts_the_run(tmp_path: Path) -> None
     before = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     with another(tmp_path, "resume", "run.name=a") as process:
         text = refusal(tmp_path)
-        holder = start_lock_holder(RunDir(tmp_path))
+        holder = read_holder(RunDir(tmp_path).lock)
     for part in (f"process {process.pid} on {os.uname().nodename}, of user {getpass.getuser()}", "resume run.name=a"):
         assert part in text
     assert f"kill {process.pid}" in text
