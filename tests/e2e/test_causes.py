@@ -10,9 +10,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -35,6 +36,7 @@ SETTINGS = (
     "cluster.stall_seconds=10",
 )
 DEADLINE_S = 180
+Look = TypeVar("Look")
 _CHUNK = b"x" * 2**24
 
 
@@ -79,12 +81,12 @@ class Faults:
 
     def processes(self) -> None:
         group = self._group("pids")
-        (group / "pids.max").write_text((group / "pids.current").read_text())
+        (group / "pids.max").write_text(str(min(int(text) for text in _looks((group / "pids.current").read_text))))
 
     def open_files(self) -> None:
         rank = ranks_of(self.run)[1]
-        # RLIMIT_NOFILE limits descriptor numbers, and new descriptors get the lowest free one.
-        used = {int(descriptor.name) for descriptor in Path(f"/proc/{rank.pid}/fd").iterdir()}
+        # RLIMIT_NOFILE limits descriptor numbers, and a descriptor gets the lowest free one.
+        used = set.intersection(*_looks(lambda: {int(path.name) for path in Path(f"/proc/{rank.pid}/fd").iterdir()}))
         lowest = min({*range(len(used) + 1)} - used)
         rank.rlimit(psutil.RLIMIT_NOFILE, (lowest, rank.rlimit(psutil.RLIMIT_NOFILE)[1]))
 
@@ -109,6 +111,15 @@ class Faults:
 # own faults.
 FAULTS_OF_RANKS = {"stop": "", "memory": "memory", "open_files": "", "processes": "pids"}
 FAULTS_OF_ATTEMPTS = {"disk": "", "agent_memory": "memory"}
+
+
+def _looks(look: Callable[[], Look]) -> list[Look]:
+    """What is seen during a second, in which a save holds more threads and files for a moment."""
+    seen = []
+    for _ in range(20):
+        seen.append(look())
+        time.sleep(0.05)
+    return seen
 
 
 def has_ended(process: psutil.Process) -> bool:
