@@ -133,6 +133,10 @@ class OutOfMemory(RunError):
     """A GPU ran out of memory before any step was completed; another attempt would end in the same way."""
 
 
+class ProofError(RunError):
+    """The first step of an attempt is not what its references say; another attempt would end in the same way."""
+
+
 class ExportError(RunError):
     """Training is complete and saved, but its Hugging Face folder could not be written."""
 
@@ -180,4 +184,4 @@ def describe(error: BaseException) -> str:
 
 
 # Another attempt would end the same way, so neither ranks nor jobs are restarted after one of these.
-WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, OutOfMemory, ExportError)
+WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, OutOfMemory, ProofError, ExportError)

@@ -24,6 +24,7 @@ CHANGEABLE = (
     "train.max_steps",
     "train.epochs",
     "train.largest_batch_first",
+    "train.proof",
     "eval.",
     "evaluate.",
     "checkpoint.",

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ObjectiveEntry:
-    """Where the class of an objective is, as module:Class, and the columns of launcher/data/schema.py that it needs."""
+    """Where the class of an objective is, as module:Class, and the columns of launcher/data/schema.py that it needs.
+
+    `is_nll` says that the loss is the negative log-likelihood of the trained tokens, which the proof of the first step knows.
+    """
 
     builder: str
     columns: tuple[str, ...] = ()
+    is_nll: bool = False
 
 
-OBJECTIVES: dict[str, ObjectiveEntry] = {"sft": ObjectiveEntry("launcher.train.objectives:SupervisedNll")}
+OBJECTIVES: dict[str, ObjectiveEntry] = {"sft": ObjectiveEntry("launcher.train.objectives:SupervisedNll", is_nll=True)}

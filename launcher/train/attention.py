@@ -63,6 +63,13 @@ def kernel_of(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def choose_plain_kernel(config: Any) -> str:
+    """Return sdpa, or the kernel that trains if SDPA cannot compute this architecture's attention."""
+    has_softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    can_sdpa = _has(config, "_supports_sdpa", default=True) and not has_softcap
+    return "sdpa" if can_sdpa and kernel_of(config) != "eager" else kernel_of(config)
+
+
 def describe(config: Any, packing: bool) -> str:
     """Return a message that names the attention kernel, and whether it is slow for packed documents."""
     kernel = kernel_of(config)

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -58,12 +58,16 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
 
 
 def build_engine(
-    plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgress = ignore_progress, has_checkpoint: bool = False
+    plan: LaunchPlan,
+    rank_info: RankInfo,
+    make_progress: MakeProgress = ignore_progress,
+    has_checkpoint: bool = False,
+    on_model: Callable[[CausalLMLoss], None] = lambda model: None,
 ) -> tuple[Any, CausalLMLoss]:
     """Build a DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
 
     `make_progress` reports the loading of the weights on rank 0. With `has_checkpoint`, the weights have no values until a
-    checkpoint is loaded into the engine.
+    checkpoint is loaded into the engine. `on_model` gets the partitioned model before DeepSpeed registers its hooks.
 
     Raises:
         RunError: if the plan puts states on an NVMe disk that this node does not have.
@@ -85,6 +89,7 @@ def build_engine(
             make_private_folder(folder, "deepspeed.nvme_path")
         dist.barrier()
     with _partition_model(plan, make_progress, has_checkpoint) as model:
+        on_model(model)
         optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
         import_muon()
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)

@@ -191,11 +191,18 @@ class TrainingLoop:
             batch = parts.batches.step(self.step)
         lr = compute_learning_rate(self.run.plan.config.optim, self.step, parts.max_steps)
         set_learning_rate(parts.engine.optimizer, lr)
+        if parts.proof is not None:
+            parts.proof.begin(batch, self.step)
         local_loss = self.forward_backward_step(batch)
         # An in-flight save still reads the states, which change from here on.
         parts.checkpointer.wait_for_staging()
+        if parts.proof is not None:
+            parts.proof.check_gradients()
         with timer.part("optim"):
             parts.engine.step()
+        if parts.proof is not None:
+            parts.proof.check_update(self.run.tracker)
+            parts.proof = None
         reduction = all_reduce_step(local_loss, self.local_stop_reason(), parts.monitor.pack_local(), self.run.device)
         times = timer.read()
         parts.monitor.record_step(times, parts.batches.load_s)
@@ -225,6 +232,8 @@ class TrainingLoop:
                 loss = parts.objective.sum_loss(parts.engine, micro, self.run.device, scale)
                 parts.engine.backward(loss, scale_wrt_gas=False)
                 loss_sum += loss.detach()
+            if i == 0 and parts.proof is not None:
+                parts.proof.check_first_pass(loss)
             if i < len(batch.micro) - 1:
                 parts.engine.step()
         return loss_sum / topology.world_size

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from launcher.checkpoint.initial_weights import stored_buffers
 from launcher.config.sections.model import ModelSection
@@ -64,6 +65,7 @@ class CausalLMLoss(nn.Module):
         cu_seqlens: Tensor | None = None,
         by_model: bool = False,
         per_token: bool = False,
+        by_document: bool = False,
     ) -> Tensor:
         """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED: an fp32 scalar.
 
@@ -71,12 +73,14 @@ class CausalLMLoss(nn.Module):
         With `per_token`, return the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without
         labels, return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
         weights around it. `cu_seqlens`, from a MicroBatch, saves the pass from searching `position_ids` for document
-        boundaries. With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
+        boundaries. With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone. With
+        `by_document`, each row is one document; return the loss of each label, fp32 [N], with a gradient and by torch's own
+        cross entropy.
         """
         if by_model:
             return self.hf(input_ids=input_ids, use_cache=False).logits
         documents: dict[str, Any] = {}
-        if self.flatten:
+        if self.flatten and not by_document:
             if self._takes_cu_seqlens:
                 cu_seqlens = find_boundaries(position_ids) if cu_seqlens is None else cu_seqlens
                 # Otherwise transformers computes these on the GPU in every layer, and waits for the result.
@@ -88,6 +92,8 @@ class CausalLMLoss(nn.Module):
         hidden: Tensor = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
+        if by_document:
+            return self._compute_plain_losses(hidden[labels != IGNORED], labels[labels != IGNORED])
         flat = labels.reshape(-1)
         # With labels on the CPU, this does not wait for the GPU.
         trained = (flat != IGNORED).nonzero().squeeze(1)
@@ -97,6 +103,16 @@ class CausalLMLoss(nn.Module):
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         del hidden  # freed while the loss is computed
         return self.hf.get_output_embeddings()(selected, targets, factor, per_token)
+
+    def _compute_plain_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of `targets` [N]; only the logits of one chunk exist at a time."""
+        head = self.hf.get_output_embeddings()
+
+        def compute(hidden: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+        chunks = [slice(start, start + head.chunk_tokens) for start in range(0, max(1, len(targets)), head.chunk_tokens)]
+        return torch.cat([checkpoint(compute, hidden[chunk], targets[chunk], use_reentrant=False) for chunk in chunks])
 
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Return the trainable parameters by their Hugging Face names; tied weights appear once."""

@@ -36,7 +36,9 @@ from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring.monitor import Monitor, StatusFile
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops
 from launcher.train.objectives import Objective
+from launcher.train.parameter_samples import ParameterSamples
 from launcher.train.previous_failure import find_previous_failure
+from launcher.train.proof import FirstStepProof
 from launcher.train.resume import StartPoint, agree_on_start_point
 
 # Padding is neither attended to nor trained, so any id in the vocabulary works.
@@ -75,6 +77,8 @@ class Components:
     status: StatusFile
     max_steps: int
     start: StartPoint
+    proof: FirstStepProof | None
+    """Until the first step of this attempt is proven."""
 
 
 def report_ranks(run: RunContext) -> None:
@@ -124,7 +128,13 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     start = agree_on_start_point(run.run_dir, rank_info, device)
     make_progress = as_events(tracker.event) if rank_info.is_main else ignore_progress
     say = partial(tracker.event, EVENT) if rank_info.is_main else lambda text: None
-    engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
+    samples: list[ParameterSamples] = []
+
+    def watch_gradients(model: CausalLMLoss) -> None:
+        if plan.config.train.proof:
+            samples.append(ParameterSamples(model.parameters_by_name(), device))
+
+    engine, model = build_engine(plan, rank_info, make_progress, start.checkpoint is not None, watch_gradients)
     if device.type == "cuda":
         tracker.event("info", attention.describe(model.hf.config, plan.config.data.packing), 0)
     if plan.liger:
@@ -146,6 +156,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
     monitor = Monitor(monitored, rank_info, device, model, tracker)
     objective: Objective = resolve_name(chosen.builder)()
+    proof = FirstStepProof(plan, engine, model, samples[0], objective, train_batches.split) if samples else None
     scorer = Scorer(engine, model, objective, rank_info, device, plan.topology)
     best_set = plan.config.checkpoint.best_set
     return Components(
@@ -164,6 +175,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         status=StatusFile(run.run_dir, rank_info.attempt, partial(tracker.event, "alert"), rank_info.is_main),
         max_steps=max_steps,
         start=start,
+        proof=proof,
     )
 
 

@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 import torch
 from e2e_tools import TINY, assembled, json_lines, metrics
-from forked import Launch, require_exit
+from forked import Launch
 from forked_ranks import RankServer
+from planned_ranks import PlannedRanks, build_plan
 
-from launcher.clusters.network import LOOPBACK, free_port
 from launcher.evaluate.document_losses import ScoreStore
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir
-from launcher.runs import run_store
-from launcher.runs.run_records import Attempt
 
 STEPS, SAVED_STEP = 6, 3
 SETTINGS = (
@@ -46,48 +43,34 @@ def planned(launch_here: Launch, tmp_path_factory: pytest.TempPathFactory) -> La
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     texts = [" ".join(map(str, range(row, row + 9 + row % 5))) for row in range(90)]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = (*SETTINGS, f"data.path={data}")
-    require_exit(launch_here("data", *settings))
-    values = json.loads(launch_here("plan", *settings, "--json").stdout)
-    return LaunchPlan.model_validate({name: value for name, value in values.items() if name in LaunchPlan.model_fields})
-
-
-class Ranks:
-    """Calls functions of topology_ranks.py on two ranks with different rows, or on four of which two each share rows."""
-
-    def __init__(self, server: RankServer, folder: Path) -> None:
-        self._server, self._folder = server, folder
-
-    def call(self, function: str, num_ranks: int, plan: LaunchPlan, *arguments: Any) -> list[Any]:
-        path = self._folder / "plan.json"
-        path.write_text(plan.to_json())
-        meeting = {"MASTER_ADDR": LOOPBACK.address, "MASTER_PORT": str(free_port(LOOPBACK.address))}
-        of_each = [(str(path), num_ranks // 2, *arguments)] * num_ranks
-        return self._server.values(f"topology_ranks:{function}", of_each, self._folder / "ranks", environment=meeting)
-
-    def train(self, plan: LaunchPlan, name: str, *parts: tuple[int, int]) -> tuple[Path, list[list[Any]]]:
-        """Train a run in parts, each to a step on a number of ranks; return the run, and what the ranks of each part return."""
-        returned, run = [], RunDir(self._folder / name)
-        for attempt, (step, num_ranks) in enumerate(parts, 1):
-            part = hand_made.changed(plan, f"train.max_steps={step}").model_copy(update={"run_dir": str(run.root)})
-            if attempt == 1:
-                run_store.create(part)
-            run_store.create_attempt(run, Attempt(parts[attempt - 2][0] if attempt > 1 else None))
-            returned.append(self.call("train", num_ranks, part, attempt))
-        return run.root, returned
+    return build_plan(launch_here, *SETTINGS, f"data.path={data}")
 
 
 @pytest.fixture
-def ranks(rank_server: RankServer, tmp_path: Path) -> Ranks:
-    return Ranks(rank_server, tmp_path)
+def ranks(rank_server: RankServer, tmp_path: Path) -> PlannedRanks:
+    return PlannedRanks(rank_server, tmp_path)
+
+
+def call(ranks: PlannedRanks, function: str, num_ranks: int, plan: LaunchPlan, *arguments: Any) -> list[Any]:
+    """Call a function of topology_ranks.py on two ranks with different rows, or on four of which two each share rows."""
+    return ranks.call(f"topology_ranks:{function}", num_ranks, plan, num_ranks // 2, *arguments)
+
+
+def train(ranks: PlannedRanks, plan: LaunchPlan, name: str, *parts: tuple[int, int]) -> tuple[Path, list[list[Any]]]:
+    """Train a run in parts, each to a step on a number of ranks; return the run, and what the ranks of each part return."""
+    returned = []
+    for attempt, (step, num_ranks) in enumerate(parts, 1):
+        part = ranks.prepare(plan, name, step, attempt, parts[attempt - 2][0] if attempt > 1 else None)
+        returned.append(call(ranks, "train", num_ranks, part, attempt))
+    return ranks.folder / name, returned
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_pairs_of_ranks_train_as_single_ranks(ranks: Ranks, planned: LaunchPlan, accumulation: int) -> None:
+def test_pairs_of_ranks_train_as_single_ranks(ranks: PlannedRanks, planned: LaunchPlan, accumulation: int) -> None:
     """The run in pairs is resumed on two ranks that do not share rows."""
     plan = hand_made.changed(planned, f"train.micro_batch_size={3 // accumulation}")
-    single, [of_single] = ranks.train(plan, "single", (STEPS, 2))
-    paired, [of_pairs, of_resumed] = ranks.train(plan, "paired", (SAVED_STEP, 4), (STEPS, 2))
+    single, [of_single] = train(ranks, plan, "single", (STEPS, 2))
+    paired, [of_pairs, of_resumed] = train(ranks, plan, "paired", (SAVED_STEP, 4), (STEPS, 2))
     assert {rank["accumulation"] for rank in (*of_single, *of_pairs, *of_resumed)} == {accumulation}
     for number in range(STEPS):
         first, second = (rank["rows"][str(number)] for rank in of_single)
@@ -114,10 +97,10 @@ def test_pairs_of_ranks_train_as_single_ranks(ranks: Ranks, planned: LaunchPlan,
         torch.testing.assert_close(same_tensors[name], tensor, rtol=1e-4, atol=1e-7)
 
 
-def test_one_rank_of_a_pair_writes_scores(ranks: Ranks, planned: LaunchPlan, tmp_path: Path) -> None:
-    first, second = ranks.call("score", 2, planned, str(tmp_path / "single"))
+def test_one_rank_of_a_pair_writes_scores(ranks: PlannedRanks, planned: LaunchPlan, tmp_path: Path) -> None:
+    first, second = call(ranks, "score", 2, planned, str(tmp_path / "single"))
     assert first
-    assert ranks.call("score", 4, planned, str(tmp_path / "paired")) == [first, [], second, []]
+    assert call(ranks, "score", 4, planned, str(tmp_path / "paired")) == [first, [], second, []]
     assert planned.data is not None
     num_batches = -(-planned.data.num_rows // planned.batch.micro_batch_size)
     scores, same = (ScoreStore("key", num_batches, tmp_path / name).read() for name in ("single", "paired"))

@@ -41,6 +41,11 @@ def train(path: str, sequence_ranks: int, attempt: int) -> dict[str, Any]:
         return batch
 
     TrainBatches.step = make_and_record  # type: ignore[method-assign]
+    train_to_end(plan, attempt)
+    return {"accumulation": plan.batch.accumulation, "rows": rows}
+
+
+def train_to_end(plan: LaunchPlan, attempt: int) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
     class NeverStop(SimpleNamespace):
@@ -48,7 +53,6 @@ def train(path: str, sequence_ranks: int, attempt: int) -> dict[str, Any]:
             return None
 
     loop.train(plan, RankInfo(rank, rank, world_size, attempt), NeverStop(at=None, cancel=noop, begin_training=noop))
-    return {"accumulation": plan.batch.accumulation, "rows": rows}
 
 
 def score(path: str, sequence_ranks: int, root: str) -> list[int]:

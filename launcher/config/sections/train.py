@@ -36,6 +36,11 @@ class TrainSection(SettingsSection):
         description="Before the first step, run the batch that needs most memory, without training on it. Unset: only on GPUs.",
     )
 
+    proof: Flag = Field(
+        False,
+        description="Prove that the first step of each attempt agrees with references: losses, gradients, reduction, update.",
+    )
+
     @model_validator(mode="after")
     def _require_one_length(self) -> TrainSection:
         if self.max_steps is None and self.epochs is None:
