@@ -149,7 +149,9 @@ def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
     device, objective, batch = torch.device("cpu"), LabelSmoothed(), _step_batch()
     scorer = Scorer(engine, model, objective, rank_info, device, plan.topology)
     evaluator = Evaluator(scorer, [EvalRows("rows", _TwoRows(batch))], noop)
-    parts = SimpleNamespace(engine=engine, objective=objective, timer=StepTimer(device), beat=noop, evaluator=evaluator)
+    parts = SimpleNamespace(
+        engine=engine, objective=objective, timer=StepTimer(device), beat=noop, evaluator=evaluator, proof=None
+    )
     run_dir = RunDir(Path(plan.run_dir))
     run = SimpleNamespace(plan=plan, rank_info=rank_info, device=device, run_dir=run_dir, tracker=Composite([]))
     loop = TrainingLoop(run, parts, noop)
