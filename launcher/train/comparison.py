@@ -71,11 +71,11 @@ def find_problems(
     worst = int(errors.argmax())
     if not (wrong or float(errors[worst]) > most_of_one):
         return largest, []
-    # Without one factor for a kind, one parameter may be the reason.
-    if all(one.is_factor for one in wrong.values()) and wrong:
-        texts = [f"{what} of {kind} are {one}" for kind, one in wrong.items()]
-    else:
-        texts = [f"{what} of {names[worst]} are {Deviation.of(sums[worst])}"]
-        texts += [f"those of all {kind} {one}" for kind, one in wrong.items()]
-    right = [kind for kind in by_kind if kind not in wrong]
-    return largest, [", ".join([*texts, *([f"those of {' and '.join(right)} are right"] if right and wrong else [])])]
+    # Unless a factor explains all of it, one parameter may be the reason.
+    texts = {kind: str(one) for kind, one in wrong.items() if one.is_factor}
+    if not texts or len(texts) < len(wrong):
+        texts = {names[worst]: str(Deviation.of(sums[worst]))}
+    alike = {text: ", ".join(of for of, one in texts.items() if one == text) for text in texts.values()}
+    right = [kind for kind in by_kind if kind not in wrong] if wrong else []
+    rest = f", those of {', '.join(right)} are right" if right else ""
+    return largest, [f"{what} of {', those of '.join(f'{of} are {text}' for text, of in alike.items())}{rest}"]

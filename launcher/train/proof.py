@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
@@ -52,7 +53,7 @@ class Tolerances(NamedTuple):
     reduction: float
 
 
-_HALF = Tolerances(losses=0.02, of_token=0.15, gradients=0.1, of_one=0.5, reduction=2**-8)
+_HALF = Tolerances(losses=0.02, of_token=0.15, gradients=0.1, of_one=0.5, reduction=2**-7)
 TOLERANCES = {"bf16": _HALF, "fp16": _HALF, "fp32": Tolerances(1e-4, 0.0, 1e-3, 1e-2, 1e-5)}
 _UPDATE = 1e-5
 # Relative errors of smaller mean losses mean little.
@@ -101,15 +102,14 @@ class FirstStepProof:
 
     def begin(self, batch: StepBatch, step: int) -> None:
         """Compare what the ranks are about to train, and compute the reference of the first micro-batch."""
-        self._step, topology = step, self._plan.topology
+        self._step = step
         self._rate = compute_learning_rate(self._plan.config.optim, step, self._plan.batch.max_steps or 1)
         with self._timed():
             self._check_agreement(batch)
-            self._check_inputs(batch)
+            num_trained = float(self._sum_ranks(torch.tensor(self._check_inputs(batch), device=self._samples.device)))
+            # Ranks with the same rows count them, too.
+            self._scale = self._world_size / (num_trained or 1.0)
             self._before = self._read_states()
-            documents = {row: read_row(self._split, row) for row in set(batch.row_ids)}
-            num_trained = sum(int(one.is_trained.sum()) for row in batch.row_ids for one in documents[row])
-            self._scale = topology.data_ranks / (num_trained or 1)
             self._reference = self._compute_reference(batch.micro[0])
             self._samples.begin()
 
@@ -132,8 +132,10 @@ class FirstStepProof:
                 problems = [f"the loss of the first micro-batch is {factor:.2f} times that of its documents"]
             # Rounding may change the experts of a token.
             more = 2 if "experts" in self._kinds else 1
-            sums = compare(samples.gradients, expected, samples.owner)
-            problems += self._judge("gradients", "gradients", sums, more * self._most.gradients, more * self._most.of_one)
+            # The first loss scales of fp16 are often too large.
+            if torch.isfinite(expected).all():
+                sums = compare(samples.gradients, expected, samples.owner)
+                problems += self._judge("gradients", "gradients", sums, more * self._most.gradients, more * self._most.of_one)
             self._require(problems, _KERNELS)
 
     def check_gradients(self) -> None:
@@ -191,36 +193,33 @@ class FirstStepProof:
                 f"the learning rate is {own['the learning rate']:.4g}, and that of step {self._step + 1} {self._rate:.4g}"
             ]
         topology, owners = self._plan.topology, dict[int, list[int]]()
-        for rank, one in enumerate(of_ranks):
-            if one["rows"] != of_ranks[rank - rank % topology.sequence_ranks]["rows"]:
-                problems.append(f"ranks that share rows have different ones: rank {rank}")
-            for row in one["rows"] if rank % topology.sequence_ranks == 0 else []:
+        for rank in range(0, len(of_ranks), topology.sequence_ranks):
+            for row in of_ranks[rank]["rows"]:
                 owners.setdefault(row, []).append(rank)
         expected = Counter(batch.row_ids)
-        wrong = [row for row in {*owners, *expected} if len(owners.get(row, [])) != expected[row]]
-        if wrong:
-            wrong.sort(key=lambda row: -len(owners.get(row, [])))
+        if wrong := [row for row in {**owners, **expected} if len(owners.get(row, [])) != expected[row]]:
             ranks = {row: " and ".join(map(str, owners.get(row, ["none"]))) for row in wrong}
             problems.append(f"rows are on the wrong ranks: {list_first([f'row {row} on {ranks[row]}' for row in wrong], 3)}")
         self._require(problems, _FILES)
 
-    def _check_inputs(self, batch: StepBatch) -> None:
-        problems = []
+    def _check_inputs(self, batch: StepBatch) -> int:
+        """Compare this rank's rows with the cache; return the number of their trained tokens."""
+        problems, num_trained = [], 0
         for micro in batch.micro:
             for number, row in enumerate(micro.row_ids):
                 documents = read_row(self._split, row)
-                length = sum(len(one.ids) for one in documents)
-                for name, expected in (
-                    ("tokens", torch.cat([torch.from_numpy(one.ids) for one in documents])),
-                    ("labels", torch.cat([torch.from_numpy(one.labels) for one in documents])),
-                    ("positions", torch.cat([torch.arange(len(one.ids)) for one in documents])),
-                ):
-                    given = {"tokens": micro.input_ids, "labels": micro.labels, "positions": micro.position_ids}[name][number]
-                    if num_wrong := int((given[:length] != expected).sum()):
-                        problems.append(f"{num_wrong} of {length} {name} of row {row} are not those of the data cache")
-                if int((micro.labels[number, length:] >= 0).sum()):
-                    problems.append(f"padding of row {row} is trained")
+                expected = {
+                    "tokens": (micro.input_ids, [one.ids for one in documents]),
+                    "labels": (micro.labels, [one.labels for one in documents]),
+                    "positions": (micro.position_ids, [np.arange(len(one.ids)) for one in documents]),
+                }
+                for name, (given, parts) in expected.items():
+                    values = torch.from_numpy(np.concatenate(parts))
+                    if num_wrong := int((given[number, : len(values)] != values).sum()):
+                        problems.append(f"{num_wrong} of {len(values)} {name} of row {row} are not those of the data cache")
+                num_trained += sum(one.num_trained for one in documents)
         self._require(problems, _FILES)
+        return num_trained
 
     def _compute_reference(self, micro: MicroBatch) -> tuple[Tensor, float] | None:
         """Return the expected gradients and loss of a micro-batch, after comparing the losses of its documents."""
@@ -238,7 +237,7 @@ class FirstStepProof:
                 self._engine, self._model, documents, micro.input_ids.numel(), self._scale, self._samples.device
             )
         of_tokens = self._objective.atom_losses(self._engine, micro, self._samples.device)
-        counts = [int((one.labels >= 0).sum()) for one in documents]
+        counts = [one.num_trained for one in documents]
         problems, self._errors["documents"] = [], 0.0
         if len(of_tokens) != sum(counts):
             problems = [f"{len(of_tokens)} tokens of the first micro-batch have a loss, not {sum(counts)}"]

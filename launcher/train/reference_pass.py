@@ -36,6 +36,11 @@ class RowDocument:
         following = np.where(self.is_trained[1:], self.ids[1:], _UNTRAINED)
         return np.append(following, _UNTRAINED)
 
+    @property
+    def num_trained(self) -> int:
+        """The number of labels."""
+        return int(self.is_trained[1:].sum())
+
 
 def read_row(split: Split, row: int) -> list[RowDocument]:
     """Read the documents of a row from the cache."""

@@ -134,7 +134,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         if plan.config.train.proof:
             samples.append(ParameterSamples(model.parameters_by_name(), device))
 
-    engine, model = build_engine(plan, rank_info, make_progress, start.checkpoint is not None, watch_gradients)
+    engine, model = build_engine(plan, rank_info, make_progress, start.checkpoint is not None, on_model=watch_gradients)
     if device.type == "cuda":
         tracker.event("info", attention.describe(model.hf.config, plan.config.data.packing), 0)
     if plan.liger:

@@ -35,7 +35,6 @@ class TrainSection(SettingsSection):
         None,
         description="Before the first step, run the batch that needs most memory, without training on it. Unset: only on GPUs.",
     )
-
     proof: Flag = Field(
         False,
         description="Prove that the first step of each attempt agrees with references: losses, gradients, reduction, update.",
